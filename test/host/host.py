@@ -1,0 +1,491 @@
+#!/usr/bin/env python3
+"""A disposable server: systemd as PID 1, with a Docker engine, PostgreSQL, Redis, nginx and Salt.
+
+It is a container, and the formula is applied in it as on a server:
+
+    with Host.up("synapse-demo", publish={8008: 8008}) as host:
+        host.salt("saltutil.sync_all")
+        host.salt("state.apply", "synapse", pillar={...})
+
+By hand: ``host.py up``, ``host.py shell``, ``host.py exec -- journalctl -e``, ``host.py down``.
+
+Whatever takes long is made once and kept under ``~/.cache/synapse-formula``: a Docker engine, where
+none answers; the host's image, in that engine; and the Synapse image, as a file that every host loads
+into its own engine. Needs Python's standard library only, root, and what setup.sh installs.
+"""
+
+import argparse
+import configparser
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+IMAGES = HERE / "images"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "synapse-formula"
+LABEL = "synapse-formula"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+SYNAPSE_VERSION = (IMAGES / "synapse/requirements.txt").read_text().split("==")[1].strip()
+SYNAPSE_IMAGE = f"matrixdotorg/synapse:v{SYNAPSE_VERSION}"
+
+# Everything --privileged would give but CAP_SYS_RESOURCE, which not every machine has to give.
+PRIVILEGES = [
+    *("--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE"),
+    *("--security-opt", "seccomp=unconfined"),
+    *("--security-opt", "apparmor=unconfined"),
+    *("--security-opt", "systempaths=unconfined"),
+    *("--device-cgroup-rule", "a *:* rwm"),
+    *("--cgroupns", "private"),
+]
+
+
+class HostError(Exception):
+    """A command in the host, or one that makes the host, failed."""
+
+
+def progress(message):
+    print(f"[{time.monotonic() - _START:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+_START = time.monotonic()
+
+
+@contextlib.contextmanager
+def locked(name):
+    """Let one process at a time do what later ones then find done."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def wait_until(condition, seconds, what):
+    """Return the first true value of ``condition()``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > deadline:
+            raise HostError(f"gave up after {seconds} s: {what}")
+        time.sleep(0.05)
+
+
+# --- The engine ---------------------------------------------------------------------------------
+
+
+def docker(*argv, check=True, **kwargs):
+    """Run the docker client against the engine; standard output is in the result."""
+    kwargs = {"text": True, "capture_output": True} | kwargs
+    done = subprocess.run(["docker", *argv], env=os.environ | {"DOCKER_HOST": engine()}, **kwargs)
+    if check and done.returncode:
+        raise HostError(f"docker {shlex.join(argv)}: exit {done.returncode}\n{done.stderr}")
+    return done
+
+
+def engine():
+    """Return the DOCKER_HOST of an engine that answers, starting one where there is none."""
+    if not engine.address:
+        ours = f"unix://{CACHE}/engine/docker.sock"
+        candidates = [os.environ.get("DOCKER_HOST"), "unix:///var/run/docker.sock", ours]
+        with locked("engine"):
+            engine.address = next(filter(_answers, candidates), None) or _start_engine(ours)
+    return engine.address
+
+
+engine.address = None
+
+
+def _answers(address):
+    command = ["docker", "--host", address or "", "version"]
+    return bool(address) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _start_engine(address):
+    home = CACHE / "engine"
+    home.mkdir(parents=True, exist_ok=True)
+    for pid_file in [home / "docker.pid", *home.glob("exec/**/*.pid")]:
+        pid_file.unlink(missing_ok=True)  # of an earlier boot: the number may be somebody else's now
+    progress("starting a Docker engine")
+    command = ["dockerd", "--host", address, "--pidfile", home / "docker.pid", "--group", "root"]
+    command += ["--data-root", home / "data", "--exec-root", home / "exec"]
+    command += ["--mtu", str(_mtu()), "--log-level", "warn"]
+    with open(home / "dockerd.log", "w") as log:
+        daemon = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
+        )
+
+    def up():
+        if daemon.poll() is not None:
+            raise HostError(f"dockerd: exit {daemon.returncode}\n{(home / 'dockerd.log').read_text()}")
+        return _answers(address)
+
+    wait_until(up, 60, f"the Docker engine, see {home}/dockerd.log")
+    return address
+
+
+def _mtu():
+    """Return what the way out of this machine carries in one packet."""
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        interface, destination = line.split()[:2]
+        if destination == "00000000":
+            return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
+    return 1500
+
+
+# --- What the host takes over from this machine ---------------------------------------------------
+
+
+def mirrors(suite="bookworm"):
+    """Return sources.list lines for ``suite`` from the mirrors that this machine uses itself."""
+    here = next(
+        line.partition("=")[2].strip('"')
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if line.startswith("VERSION_CODENAME=")
+    )
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"]
+    targets = subprocess.run([*command, "Created-By: Packages"], text=True, capture_output=True, check=True).stdout
+    wanted = {here, f"{here}-updates", f"{here}-security"}
+    lines = {}
+    for target in targets.splitlines():
+        uri, release, component = target.split()
+        if release in wanted and component == "main":
+            lines.setdefault(f"deb {uri} {release.replace(here, suite, 1)} main")
+    if not lines:
+        raise HostError(f"no Debian mirror among this machine's apt sources for {here}")
+    return "\n".join(lines) + "\n"
+
+
+def pip_settings():
+    """Return pip's [global] settings of this machine, those that hold elsewhere too."""
+    names = ["index-url", "extra-index-url", "trusted-host", "proxy", "timeout", "cert"]
+    files = configparser.RawConfigParser()
+    files.read(
+        [
+            "/etc/pip.conf",
+            Path.home() / ".pip/pip.conf",
+            Path.home() / ".config/pip/pip.conf",
+            os.environ.get("PIP_CONFIG_FILE", os.devnull),
+        ]
+    )
+    settings = {}
+    for name in names:
+        value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
+        value = value or files.get("global", name, fallback="")
+        value = " ".join(word for word in value.split() if not word.startswith("file:"))
+        if value:
+            settings[name] = value
+    return settings
+
+
+def ca_bundle():
+    candidates = [pip_settings().get("cert"), os.environ.get("SSL_CERT_FILE")]
+    candidates.append("/etc/ssl/certs/ca-certificates.crt")
+    return Path(next(path for path in candidates if path and Path(path).is_file()))
+
+
+def pip_conf(cert):
+    settings = pip_settings() | {"cert": cert, "disable-pip-version-check": "true"}
+    return "[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items())
+
+
+# --- Images ---------------------------------------------------------------------------------------
+
+
+def digest(image):
+    """Return twelve hex digits that change with anything the image is made from."""
+    inputs = [IMAGES / "bootstrap", *sorted((IMAGES / image).rglob("*"))]
+    total = hashlib.sha256()
+    for path in filter(Path.is_file, inputs):
+        total.update(f"{path.relative_to(IMAGES)} {path.stat().st_mode:o}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def host_image():
+    """Return the host image's tag, having built it where the engine has none."""
+    tag = f"synapse-formula-host:{digest('host')}"
+    with locked("host-image"):
+        if docker("image", "inspect", tag, check=False).returncode:
+            changes = ['ENTRYPOINT ["/usr/local/sbin/host-init"]', f"ENV PATH={PATH}"]
+            changes += ["ENV container=docker", "ENV LANG=C.UTF-8"]
+            _build("host", tag, changes)
+    return tag
+
+
+def synapse_image():
+    """Return the file of the Synapse image, having pulled or built it where there is none."""
+    file = CACHE / "images" / f"synapse-{digest('synapse')}.tar"
+    with locked("synapse-image"):
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            if not _pull(SYNAPSE_IMAGE):
+                changes = ['ENTRYPOINT ["/start.py"]', f"ENV PATH={PATH}"]
+                changes += ["EXPOSE 8008/tcp 8009/tcp 8448/tcp"]
+                changes += [
+                    "HEALTHCHECK --start-period=5s --interval=15s --timeout=5s"
+                    " CMD curl -fSs http://localhost:8008/health || exit 1"
+                ]
+                _build("synapse", SYNAPSE_IMAGE, changes)
+            with tempfile.NamedTemporaryFile(dir=file.parent) as partial:
+                docker("save", "--output", partial.name, SYNAPSE_IMAGE)
+                os.link(partial.name, file)
+    return file
+
+
+def _pull(tag):
+    try:
+        return docker("pull", "--quiet", tag, check=False, timeout=120).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def _build(image, tag, changes):
+    progress(f"building {tag}")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch, "ca.crt")
+        bundle.write_bytes(ca_bundle().read_bytes())
+        conf = Path(scratch, "pip.conf")
+        conf.write_text(pip_conf("/tmp/build/ca.crt"))
+        # No more of the environment: REQUESTS_CA_BUNDLE, say, would outweigh pip's own settings.
+        names = ["PATH", "HOME", "http_proxy", "https_proxy", "no_proxy"]
+        environment = {name: os.environ[name] for name in names if name in os.environ}
+        environment |= {"LANG": "C.UTF-8"}
+        environment |= {"MIRRORS": mirrors(), "CA_BUNDLE": str(bundle), "PIP_CONF": str(conf)}
+        log = CACHE / f"{image}-image.log"
+        with open(log, "w") as stderr:
+            bootstrap = subprocess.Popen(
+                [IMAGES / image / "build"], env=environment, stdout=subprocess.PIPE, stderr=stderr
+            )
+            options = [word for change in changes for word in ("--change", change)]
+            imported = docker("import", *options, "-", tag, stdin=bootstrap.stdout, check=False)
+            bootstrap.stdout.close()
+        if bootstrap.wait() or imported.returncode:
+            docker("image", "rm", tag, check=False)
+            raise HostError(f"building {tag} failed:\n{log.read_text()[-4000:]}{imported.stderr}")
+    progress(f"built {tag} in {time.monotonic() - started:.0f} s")
+
+
+def build():
+    """Make both images, side by side."""
+    engine()
+    failures = []
+
+    def attempt(make):
+        try:
+            make()
+        except HostError as failure:
+            failures.append(failure)
+
+    makers = [threading.Thread(target=attempt, args=(f,)) for f in (host_image, synapse_image)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    if failures:
+        raise failures[0]
+
+
+# --- The host -------------------------------------------------------------------------------------
+
+
+class Host:
+    """One running host. Its name is the container's name, the hostname and Salt's minion id."""
+
+    def __init__(self, name="synapse-demo"):
+        self.name = name
+        self.volume = f"{name}-docker"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.down()
+
+    @classmethod
+    def up(cls, name="synapse-demo", publish=None, synapse=True):
+        """Boot a host, or take the one that runs if it is what would be booted now.
+
+        ``publish`` maps this machine's loopback ports to the host's. ``synapse=False`` leaves the
+        Synapse image out.
+        """
+        host = cls(name)
+        publish = publish or {}
+        ports = [f"127.0.0.1:{ours}:{theirs}" for ours, theirs in sorted(publish.items())]
+        (ROOT / ".venv").mkdir(exist_ok=True)  # for host-init to hide
+        image_file = synapse_image() if synapse else None
+        image = host_image()
+        arguments = [
+            *("--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
+            *PRIVILEGES,
+            *("--stop-signal", "SIGRTMIN+3", "--stop-timeout", "30"),
+            *("--tmpfs", "/run:exec", "--tmpfs", "/tmp:exec"),
+            *("--volume", f"{host.volume}:/var/lib/docker"),
+            *("--volume", f"{ROOT}:/srv/formula:ro"),
+            *("--volume", f"{CACHE / 'images'}:/srv/images:ro"),
+            *(word for port in ports for word in ("--publish", port)),
+            image,
+        ]
+        recipe = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:12]
+        if host._label("recipe") != recipe:
+            host.down()
+            docker("volume", "create", "--label", f"{LABEL}={name}", host.volume)
+            docker("create", "--label", f"{LABEL}.recipe={recipe}", *arguments)
+            host._hand_over()
+        host._start()
+        if image_file:
+            host._load(image_file)
+        return host
+
+    def down(self):
+        """Remove the host and all that was in it."""
+        docker("rm", "--force", "--volumes", self.name, check=False)
+        docker("volume", "rm", "--force", self.volume)
+
+    def restart(self):
+        """Reboot: shut down in order, then boot."""
+        docker("stop", self.name)
+        self._start()
+
+    def kill(self):
+        """Lose power, then boot."""
+        docker("kill", self.name)
+        self._start()
+
+    def run(self, *argv, check=True, input=None, timeout=600):
+        """Run a command in the host and return its CompletedProcess, in text.
+
+        When ``timeout`` seconds are over, the command is ended and its exit status is 124.
+        """
+        limit = ["timeout", "--kill-after=5", str(timeout)]
+        stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+        options = ["--interactive"] if input is not None else []
+        done = docker("exec", *options, self.name, *limit, *argv, check=False, **stdin)
+        if check and done.returncode:
+            raise HostError(f"{self.name}: {shlex.join(argv)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def sh(self, script, **kwargs):
+        """Run a bash script, which ends at the first command that fails."""
+        return self.run("bash", "-euo", "pipefail", "-c", script, **kwargs)
+
+    def salt(self, fun, *args, pillar=None, timeout=1800, **kwargs):
+        """Return what ``salt-call FUN ARGS...`` returns; it fails where Salt could not carry it out.
+
+        That a state failed is for the caller to see in what is returned.
+        """
+        if pillar is not None:
+            kwargs["pillar"] = pillar
+        words = [_salt_word(value) for value in args]
+        words += [f"{name}={_salt_word(value)}" for name, value in kwargs.items()]
+        command = ["salt-call", "--local", "--out=json", "--out-indent=-1", fun, *words]
+        done = self.run(*command, check=False, timeout=timeout)
+        try:
+            result = json.loads(done.stdout)["local"]
+        except (ValueError, KeyError, TypeError):
+            result = None
+        rendered = isinstance(result, dict) or not fun.startswith("state.")
+        if done.returncode or not rendered:
+            raise HostError(f"{self.name}: {fun}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return result
+
+    def write(self, path, text, mode="0644"):
+        """Write a file of root's, with its directories."""
+        self.run("install", "-D", "-m", mode, "/dev/stdin", path, input=text)
+
+    def read(self, path):
+        return self.run("cat", path).stdout
+
+    def _label(self, name):
+        label = f'{{{{index .Config.Labels "{LABEL}.{name}"}}}}'
+        return docker("container", "inspect", "--format", label, self.name, check=False).stdout.strip()
+
+    def _hand_over(self):
+        """Give the host what it needs to reach package mirrors as this machine does."""
+        bundle = "/etc/ssl/certs/ca-certificates.crt"
+        files = {
+            bundle: ca_bundle().read_bytes(),
+            "/etc/pip.conf": pip_conf(bundle).encode(),
+            "/etc/apt/sources.list": mirrors().encode(),
+        }
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for path, content in files.items():
+                entry = tarfile.TarInfo(path.lstrip("/"))
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        docker("cp", "-", f"{self.name}:/", input=archive.getvalue(), text=False)
+
+    def _start(self):
+        docker("start", self.name)
+        ready = "systemctl is-system-running --wait | grep -qE '^(running|degraded)$'"
+        ready += " && systemctl is-active --quiet docker"
+        wait_until(lambda: not self.sh(ready, check=False).returncode, 120, f"{self.name} boots")
+
+    def _load(self, file):
+        if self.run("docker", "image", "inspect", SYNAPSE_IMAGE, check=False).returncode:
+            self.run("docker", "load", "--quiet", "--input", f"/srv/images/{file.name}")
+
+
+def _salt_word(value):
+    """Write a value such that Salt's reading of its command line gives it back."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value)
+    constants = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n"}
+    return value if plain and value.lower() not in constants else json.dumps(value)
+
+
+# --- By hand --------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The disposable host.")
+    parser.add_argument("--name", default="synapse-demo")
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="boot a host, or wait for the one that runs")
+    up.add_argument("--publish", action="append", default=[], metavar="OURS:THEIRS")
+    commands.add_parser("down", help="remove it")
+    commands.add_parser("restart", help="reboot it")
+    commands.add_parser("shell", help="a root shell in it")
+    run = commands.add_parser("exec", help="run a command in it")
+    run.add_argument("argv", nargs=argparse.REMAINDER)
+    commands.add_parser("build", help="make the engine and the images")
+    commands.add_parser("env", help="print the DOCKER_HOST that the hosts run on")
+    options = parser.parse_args()
+
+    host = Host(options.name)
+    if options.command == "up":
+        Host.up(options.name, dict(map(int, port.split(":")) for port in options.publish))
+        progress(f"{options.name} is up")
+    elif options.command == "build":
+        build()
+    elif options.command == "env":
+        print(f"export DOCKER_HOST={engine()}")
+    elif options.command in ("shell", "exec"):
+        argv = ["bash", "-l"] if options.command == "shell" else options.argv
+        argv = argv[1:] if argv[:1] == ["--"] else argv
+        terminal = ["--tty"] if sys.stdin.isatty() else []
+        os.environ["DOCKER_HOST"] = engine()
+        os.execvp("docker", ["docker", "exec", "--interactive", *terminal, host.name, *argv])
+    else:
+        getattr(host, options.command)()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HostError as error:
+        sys.exit(str(error))
