@@ -1,0 +1,784 @@
+"""
+nginx with the generated configuration, asked over real connections: in front of it stand clients, behind it processes that
+answer every request with their own name and what they were sent.
+"""
+
+import collections
+import hashlib
+import http.client
+import http.server
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import socket
+import socketserver
+import ssl
+import subprocess
+import threading
+
+import jinja2
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROUTES = yaml.safe_load((ROOT / "synapse/data/routes.yaml").read_text())
+STREAMS = yaml.safe_load((ROOT / "synapse/data/workers.yaml").read_text())["streams"]
+
+# Requests by the kind of process that must answer them, after Synapse's worker documentation. They are not taken from
+# routes.yaml, as they test it.
+REQUESTS = {
+    "sync": """
+        GET /_matrix/client/v3/sync
+        GET /_matrix/client/r0/sync?since=s1&timeout=30000
+        GET /_matrix/client/api/v1/events
+        GET /_matrix/client/v3/initialSync
+        GET /_matrix/client/v3/rooms/!r:x/initialSync
+        POST /_matrix/client/unstable/org.matrix.simplified_msc3575/sync
+        OPTIONS /_matrix/client/v3/sync
+    """,
+    "transaction": """
+        PUT /_matrix/federation/v1/send/1234
+        PUT /_matrix/federation/v1/send/1234/
+    """,
+    "federation": """
+        GET /_matrix/federation/v1/version
+        GET /_matrix/federation/v1/event/$e
+        GET /_matrix/federation/v1/publicRooms
+        POST /_matrix/federation/v1/publicRooms
+        GET /_matrix/federation/v1/query/profile?user_id=@u:x
+        GET /_matrix/federation/v1/query/directory
+        GET /_matrix/federation/v1/user/devices/@u:x
+        POST /_matrix/federation/v1/user/keys/query
+        POST /_matrix/federation/v1/user/keys/claim
+        POST /_matrix/key/v2/query
+        GET /_matrix/key/v2/query/x
+        GET /_matrix/key/v2/server
+        OPTIONS /_matrix/federation/v1/version
+    """,
+    "federated room": """
+        GET /_matrix/federation/v1/state/!r:x
+        GET /_matrix/federation/v1/state_ids/!r:x
+        GET /_matrix/federation/v1/backfill/!r:x
+        POST /_matrix/federation/v1/get_missing_events/!r:x
+        GET /_matrix/federation/v1/make_join/!r:x/@u:y
+        GET /_matrix/federation/v1/make_leave/!r:x/@u:y
+        GET /_matrix/federation/v1/make_knock/!r:x/@u:y
+        PUT /_matrix/federation/v1/send_join/!r:x/$e
+        PUT /_matrix/federation/v2/send_join/!r:x/$e
+        PUT /_matrix/federation/v1/send_leave/!r:x/$e
+        PUT /_matrix/federation/v2/send_leave/!r:x/$e
+        PUT /_matrix/federation/v1/send_knock/!r:x/$e
+        PUT /_matrix/federation/v1/invite/!r:x/$e
+        PUT /_matrix/federation/v2/invite/!r:x/$e
+        GET /_matrix/federation/v1/event_auth/!r:x/$e
+        GET /_matrix/federation/v1/timestamp_to_event/!r:x
+        PUT /_matrix/federation/v1/exchange_third_party_invite/!r:x
+        GET /_matrix/federation/v1/hierarchy/!r:x
+        GET /_matrix/federation/unstable/rooms/!r:x/complexity
+    """,
+    "room": """
+        POST /_matrix/client/v3/createRoom
+        GET /_matrix/client/v3/rooms/!r:x/joined_members
+        GET /_matrix/client/v3/rooms/!r:x/context/$e
+        GET /_matrix/client/v3/rooms/!r:x/members
+        GET /_matrix/client/v3/rooms/!r:x/state
+        GET /_matrix/client/v3/rooms/!r:x/messages?dir=b
+        GET /_matrix/client/v3/rooms/!r:x/event/$e
+        GET /_matrix/client/v3/rooms/!r:x/aliases
+        GET /_matrix/client/unstable/org.matrix.msc2432/rooms/!r:x/aliases
+        GET /_matrix/client/v1/rooms/!r:x/hierarchy
+        GET /_matrix/client/v1/rooms/!r:x/threads
+        GET /_matrix/client/v1/rooms/!r:x/timestamp_to_event
+        GET /_matrix/client/v1/rooms/!r:x/relations/$e
+        GET /_matrix/client/v1/rooms/!r:x/relations/$e/m.thread
+        GET /_matrix/client/unstable/rooms/!r:x/relations/$e/m.thread/m.room.message
+        GET /_matrix/client/v1/room_summary/!r:x
+        GET /_matrix/client/unstable/im.nheko.summary/summary/!r:x
+        GET /_matrix/client/unstable/im.nheko.summary/rooms/!r:x/summary
+        POST /_matrix/client/v3/rooms/!r:x/redact/$e
+        PUT /_matrix/client/v3/rooms/!r:x/redact/$e/txn
+        POST /_matrix/client/v3/rooms/!r:x/send/m.room.message
+        PUT /_matrix/client/v3/rooms/!r:x/send/m.room.message/txn
+        PUT /_matrix/client/r0/rooms/%21r%3Ax/send/m.room.message/txn
+        PUT /_matrix/client/v3/rooms/!version12/send/m.room.message/txn
+        GET /_matrix/client/v3/rooms/!r:x/state/m.room.name
+        PUT /_matrix/client/v3/rooms/!r:x/state/m.room.name/
+        PUT /_matrix/client/v3/rooms/!r:x/state/m.space.child/!s:x
+        POST /_matrix/client/v3/rooms/!r:x/join
+        POST /_matrix/client/v3/rooms/!r:x/invite
+        POST /_matrix/client/v3/rooms/!r:x/leave
+        POST /_matrix/client/v3/rooms/!r:x/ban
+        POST /_matrix/client/v3/rooms/!r:x/unban
+        POST /_matrix/client/v3/rooms/!r:x/kick
+        POST /_matrix/client/v3/join/!r:x
+        POST /_matrix/client/v3/join/%23alias:x
+        POST /_matrix/client/v3/knock/!r:x
+    """,
+    "client": """
+        GET /_matrix/client/versions
+        GET /_matrix/client/v3/publicRooms
+        POST /_matrix/client/v3/publicRooms
+        GET /_matrix/client/v3/account/3pid
+        GET /_matrix/client/v3/account/whoami
+        POST /_matrix/client/v3/account/deactivate
+        GET /_matrix/client/v3/voip/turnServer
+        GET /_matrix/client/v3/joined_rooms
+        POST /_matrix/client/v3/search
+        POST /_matrix/client/v3/user/@u:x/filter
+        GET /_matrix/client/v3/user/%40u%3Ax/filter/1
+        GET /_matrix/client/v3/directory/room/%23alias:x
+        PUT /_matrix/client/v3/directory/room/%23alias:x
+        GET /_matrix/client/v3/capabilities
+        GET /_matrix/client/v3/notifications
+        POST /_matrix/client/v3/keys/query
+        GET /_matrix/client/v3/keys/changes
+        POST /_matrix/client/v3/keys/claim
+        PUT /_matrix/client/v3/room_keys/keys/!r:x/s
+        POST /_matrix/client/v3/room_keys/version
+        GET /_matrix/client/v3/login
+        POST /_matrix/client/v3/login
+        POST /_matrix/client/v3/register
+        GET /_matrix/client/v3/register/available
+        GET /_matrix/client/v1/register/m.login.registration_token/validity
+        GET /_matrix/client/v3/password_policy
+        GET /_matrix/client/v3/profile/@u:x
+        PUT /_matrix/client/v3/profile/@u:x/displayname
+        GET /_matrix/client/unstable/org.matrix.msc4140/delayed_events
+        POST /_matrix/client/unstable/org.matrix.msc4140/delayed_events/1/restart
+        GET /_synapse/admin/v1/rooms/!r:x
+        GET /_synapse/admin/v2/users/@u:x
+    """,
+    "user directory": """
+        POST /_matrix/client/v3/user_directory/search
+    """,
+    "typing": """
+        PUT /_matrix/client/v3/rooms/!r:x/typing/@u:x
+    """,
+    "to_device": """
+        PUT /_matrix/client/v3/sendToDevice/m.room.encrypted/txn
+    """,
+    "receipts": """
+        POST /_matrix/client/v3/rooms/!r:x/receipt/m.read/$e
+        POST /_matrix/client/v3/rooms/!r:x/read_markers
+    """,
+    "push_rules": """
+        PUT /_matrix/client/v3/pushrules/global/room/!r:x
+        PUT /_matrix/client/v3/pushrules/global/override/r/enabled
+        DELETE /_matrix/client/v3/pushrules/global/room/!r:x
+    """,
+    "push_rules read": """
+        GET /_matrix/client/v3/pushrules/
+        GET /_matrix/client/v3/pushrules/global/
+        HEAD /_matrix/client/v3/pushrules/global/
+    """,
+    "account_data": """
+        PUT /_matrix/client/v3/user/@u:x/account_data/m.direct
+        PUT /_matrix/client/v3/user/@u:x/rooms/!r:x/account_data/m.fully_read
+        PUT /_matrix/client/v3/user/@u:x/rooms/!r:x/tags/u.work
+        DELETE /_matrix/client/v3/user/@u:x/rooms/!r:x/tags/u.work
+    """,
+    "account_data read": """
+        GET /_matrix/client/v3/user/@u:x/account_data/m.direct
+        GET /_matrix/client/v3/user/@u:x/rooms/!r:x/account_data/m.fully_read
+        GET /_matrix/client/v3/user/@u:x/rooms/!r:x/tags
+    """,
+    "presence": """
+        PUT /_matrix/client/v3/presence/@u:x/status
+    """,
+    "presence read": """
+        GET /_matrix/client/v3/presence/@u:x/status
+    """,
+    "device_lists": """
+        POST /_matrix/client/v3/delete_devices
+        GET /_matrix/client/v3/devices
+        PUT /_matrix/client/v3/devices/D
+        DELETE /_matrix/client/v3/devices/D
+        POST /_matrix/client/v3/keys/upload
+        POST /_matrix/client/v3/keys/upload/D
+        POST /_matrix/client/v3/keys/device_signing/upload
+        POST /_matrix/client/v3/keys/signatures/upload
+    """,
+    "thread_subscriptions": """
+        PUT /_matrix/client/unstable/io.element.msc4306/rooms/!r:x/thread/$e/subscription
+        DELETE /_matrix/client/unstable/io.element.msc4306/rooms/!r:x/thread/$e/subscription
+    """,
+    "thread_subscriptions read": """
+        GET /_matrix/client/unstable/io.element.msc4306/rooms/!r:x/thread/$e/subscription
+        GET /_matrix/client/unstable/io.element.msc4308/thread_subscriptions
+    """,
+    "quarantined_media_changes": """
+        POST /_synapse/admin/v1/quarantine_media/!r:x
+        POST /_synapse/admin/v1/room/!r:x/media/quarantine
+        POST /_synapse/admin/v1/user/@u:x/media/quarantine
+        POST /_synapse/admin/v1/media/quarantine/x/m
+        POST /_synapse/admin/v1/media/unquarantine/x/m
+    """,
+    "media": """
+        POST /_matrix/media/v3/upload
+        PUT /_matrix/media/v3/upload/x/m
+        POST /_matrix/media/v1/create
+        GET /_matrix/media/v3/download/x/m
+        HEAD /_matrix/media/v3/download/x/m
+        GET /_matrix/client/v1/media/download/x/m/name.png
+        GET /_matrix/client/v1/media/thumbnail/x/m
+        GET /_matrix/client/v1/media/config
+        GET /_matrix/client/v1/media/preview_url?url=https://y
+        GET /_matrix/federation/v1/media/download/m
+        GET /_matrix/federation/v1/media/thumbnail/m
+        POST /_synapse/admin/v1/purge_media_cache
+        GET /_synapse/admin/v1/room/!r:x/media
+        GET /_synapse/admin/v1/users/@u:x/media
+        DELETE /_synapse/admin/v1/media/x/m
+        POST /_synapse/admin/v1/media/protect/m
+        GET /_synapse/admin/v1/media/quarantine_changes
+    """,
+    "main": """
+        GET /_matrix/client/v3/pushers
+        POST /_matrix/client/v3/pushers/set
+        POST /_matrix/client/v3/logout
+        POST /_matrix/client/v3/logout/all
+        POST /_matrix/client/v3/refresh
+        GET /_matrix/client/v3/auth/m.login.recaptcha/fallback/web
+        POST /_matrix/client/v3/rooms/!r:x/report/$e
+        POST /_matrix/client/v3/rooms/!r:x/report
+        POST /_matrix/client/v3/user/@u:x/openid/request_token
+        GET /_matrix/federation/v1/openid/userinfo
+        GET /_matrix/client/v3/thirdparty/protocols
+        POST /_matrix/client/v3/rooms/!r:x/upgrade
+        POST /_matrix/client/v3/rooms/!r:x/forget
+        GET /_matrix/client/unstable/account_validity/renew
+        POST /_matrix/client/v3/account/3pid/add
+        POST /_matrix/client/v3/account/3pid/delete
+        POST /_matrix/client/v3/account/password
+        POST /_matrix/client/v3/account/password/email/requestToken
+        POST /_matrix/client/v3/register/email/requestToken
+        PUT /_matrix/client/v3/directory/list/room/!r:x
+        GET /_matrix/client/v1/mutual_rooms
+        POST /_matrix/client/v1/login/get_token
+        GET /_matrix/client/v3/login/sso/redirect
+        GET /_matrix/client/v3/login/sso/redirect/oidc?redirectUrl=https://y
+        GET /_matrix/client/v3/login/cas/ticket
+        GET /_synapse/client/pick_idp
+        GET /_synapse/client/pick_username/account_details
+        POST /_synapse/client/new_user_consent
+        GET /_synapse/client/sso_register
+        GET /_synapse/client/oidc/callback
+        POST /_synapse/client/saml2/authn_response
+        GET /_synapse/client/password_reset/email/submit_token
+        POST /_matrix/client/unstable/org.matrix.msc4140/delayed_events/1/send
+        GET /_synapse/admin/v1/rooms
+        GET /_synapse/admin/v1/rooms/!r:x/members
+        GET /_synapse/admin/v2/users
+        PUT /_synapse/admin/v2/users/@u:x
+        GET /_synapse/admin/v1/statistics/users/media
+        GET /_matrix/static/
+        GET /_matrix/something/new
+    """,
+}
+
+READS = [kind for kind in REQUESTS if kind.endswith(" read")]
+SERVE_NOBODY = ("pusher", "federation-sender", "appservice", "background", "events")
+SPECIALISED = ["room", "sync", "client-reader", "federation-reader", "media-repository", "user-directory"]
+
+# What there is besides main, and who then answers each kind. A kind that is not named is main's.
+LAYOUTS = {
+    "main alone": ([], {}),
+    "workers that serve nobody": (["pusher", "federation-sender", "appservice", "background"], {}),
+    "one generic worker": (
+        ["generic"],
+        {
+            "generic": ["sync", "transaction", "federation", "federated room", "room", "client", "user directory"]
+            + ["device_lists", *READS]
+        },
+    ),
+    "every stream writer and nothing else": (
+        list(STREAMS),
+        {stream: [stream, f"{stream} read"] for stream in STREAMS if stream != "events"},
+    ),
+    "every stream writer beside a generic worker": (
+        [*STREAMS, "generic"],
+        {
+            **{stream: [stream, f"{stream} read"] for stream in STREAMS if stream != "events"},
+            "generic": ["sync", "transaction", "federation", "federated room", "room", "client", "user directory"],
+        },
+    ),
+    "specialised workers beside a generic one": (
+        ["generic", *SPECIALISED],
+        {
+            "sync": ["sync"],
+            "room": ["room"],
+            "client-reader": ["client", "device_lists", *READS],
+            "federation-reader": ["federation", "federated room", "transaction"],
+            "media-repository": ["media", "quarantined_media_changes"],
+            "user-directory": ["user directory"],
+        },
+    ),
+    "sync alone": (["sync"], {"sync": ["sync"]}),
+    "room alone": (["room"], {"room": ["room", "federated room"]}),
+    "client reader alone": (
+        ["client-reader"],
+        {"client-reader": ["client", "room", "user directory", "device_lists", *READS]},
+    ),
+    "federation reader alone": (
+        ["federation-reader"],
+        {"federation-reader": ["federation", "federated room", "transaction"]},
+    ),
+    "media alone": (["media-repository"], {"media-repository": ["media", "quarantined_media_changes"]}),
+    "media beside the writer of quarantines": (
+        ["media-repository", "quarantined_media_changes"],
+        {"media-repository": ["media"], "quarantined_media_changes": ["quarantined_media_changes"]},
+    ),
+    "user directory alone": (["user-directory"], {"user-directory": ["user directory"]}),
+}
+
+
+class Process(socketserver.ThreadingUnixStreamServer):
+    """A process of the plan, that answers with its name and what it was sent."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self):
+            self.server.connections.add(self.connection)
+            super().handle_one_request()
+
+        def do(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer = {"process": self.server.name, "uri": self.path, "body": len(body), "headers": dict(self.headers)}
+            answer = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("X-Process", self.server.name)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer)
+
+        do_GET = do_HEAD = do_OPTIONS = do_POST = do_PUT = do_DELETE = do
+
+        def log_message(self, *_):
+            pass
+
+    def __init__(self, name, path):
+        self.name, self.path, self.connections = name, path, set()
+        super().__init__(str(path), self.RequestHandlerClass)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *_):
+        """Clients that go away are no concern here."""
+
+    def stop(self):
+        """Die as a process does: connections closed, socket left behind."""
+        self.shutdown()
+        self.server_close()
+        for connection in self.connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def start_again(self):
+        self.path.unlink()
+        return Process(self.name, self.path)
+
+
+class Nginx:
+    """nginx before the given kinds of processes, each as often as it is named; a stream's name is its writer."""
+
+    def __init__(self, directory, kinds, **settings):
+        self.directory = directory
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        seen = collections.Counter()
+        self.processes = {}
+        planned = []
+        for kind in ["main", *kinds]:
+            seen[kind] += 1
+            name = f"{kind}.{seen[kind]}"
+            path = directory / f"{name}.sock"
+            self.processes[name] = Process(name, path)
+            planned.append(
+                {
+                    "name": name,
+                    "type": "stream-writer" if kind in STREAMS else kind,
+                    "stream": kind if kind in STREAMS else None,
+                    "public_socket": None if kind in SERVE_NOBODY else str(path),
+                }
+            )
+        self.client, self.federation = free_port(), free_port()
+        self.settings = {
+            "client": {"listen": [f"127.0.0.1:{self.client}"], "tls": None},
+            "federation": {"listen": [f"127.0.0.1:{self.federation}"], "tls": None, "enabled": True},
+            "server_names": [],
+            "max_upload_size": "20M",
+            "admin_allow": ["127.0.0.1"],
+            "trusted_proxies": ["127.0.0.1"],
+            "well_known": {"client": None, "server": None},
+            "status_socket": str(directory / "status.sock"),
+            "log_directory": str(directory),
+            **settings,
+        }
+        self.plan = synapse_workers().routes(planned, ROUTES)
+        self.config = render(self.plan, self.settings)
+        (directory / "matrix-synapse.conf").write_text(self.config)
+        (directory / "nginx.conf").write_text(
+            ("user root root;" if os.geteuid() == 0 else "")
+            + f"pid {directory}/pid; worker_processes 2; events {{}} http {{ include {directory}/matrix-synapse.conf;"
+            + "".join(f"{it}_temp_path {directory}/{it};" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+            + "}"
+        )
+
+    def run(self, *arguments):
+        command = ["nginx", "-p", self.directory, "-c", self.directory / "nginx.conf", "-e", self.directory / "start.log"]
+        return subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+
+    def __enter__(self):
+        self.run()
+        return self
+
+    def __exit__(self, *_):
+        self.run("-s", "stop")
+        for process in self.processes.values():
+            process.stop()
+
+    def ask(self, method, uri, headers=None, body=None, federation=False, tls=None):
+        """Send a request with the URI just as it stands here; return status, headers and body (parsed, if there is one)."""
+        port = self.federation if federation else self.client
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        if tls:
+            connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=tls)
+        connection.request(method, uri, body, headers or {})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        parse = answer.headers.get("Content-Type") in ("application/json", None)
+        return answer.status, answer.headers, json.loads(content) if content and parse else content
+
+    def who(self, method, uri, headers=None, body=None):
+        """The name of the process that answers."""
+        status, answered, _ = self.ask(method, uri, headers, body)
+        return answered.get("X-Process", status)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def synapse_workers():
+    spec = importlib.util.spec_from_file_location("synapse_workers", ROOT / "_modules/synapse_workers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def render(plan, settings, version=None):
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT), undefined=jinja2.StrictUndefined)
+    environment.filters["sha256"] = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    template = environment.get_template("synapse/nginx/files/matrix-synapse.conf.jinja")
+
+    def run_stderr(command, ignore_retcode):
+        assert ignore_retcode
+        return version or subprocess.run(command.split(), capture_output=True, text=True, check=False).stderr
+
+    return template.render(plan=plan, nginx=settings, salt={"cmd.run_stderr": run_stderr})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("nginx")
+
+
+@pytest.fixture(scope="module")
+def nginx(directory):
+    """A layout in which everything can be balanced."""
+    kinds = ["generic"] * 3 + ["typing", "receipts", "receipts", "media-repository"]
+    well_known = {
+        "client": {"m.homeserver": {"base_url": "https://matrix.example.org"}, "org.example": "it's $5 \\ \"é\" </x>"},
+        "server": {"m.server": "matrix.example.org:443"},
+    }
+    with Nginx(directory / "shared", kinds, well_known=well_known) as running:
+        yield running
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_request_reaches_the_process_that_must_answer_it(layout, directory):
+    kinds, owners = LAYOUTS[layout]
+    owner = {kind: who for who, answered in owners.items() for kind in answered}
+    expected = {
+        line.strip(): owner.get(kind, "main") for kind, lines in REQUESTS.items() for line in lines.strip().splitlines()
+    }
+    with Nginx(directory / "layout", kinds) as nginx:
+        assert {request: nginx.who(*request.split()).split(".")[0] for request in expected} == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nginx_accepts_the_configuration_without_a_warning(layout, directory):
+    nginx = Nginx(directory / "check", LAYOUTS[layout][0])
+    said = nginx.run("-t").stderr + (directory / "check/start.log").read_text()
+    assert "successful" in said
+    assert "[warn]" not in said
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/_matrix/client/v3/rooms/!abc:example.org/state/m.x/%2e%2E%2Fa",
+        "/_matrix/client/v3/rooms/%21abc%3Aexample.org/send/m.room.message/%252F%20+?a=%2F&b=c%20d",
+        "/_matrix/client/v3/profile/@u:x//displayname",
+        "/_matrix/media/v3/download/x/m/%C3%A9%E2%82%AC.png?allow_remote=false",
+        "/_matrix/federation/v1/event/$abc%2Fdef",
+    ],
+)
+def test_the_uri_reaches_synapse_as_the_client_sent_it(nginx, uri):
+    assert nginx.ask("GET", uri)[2]["uri"] == uri
+
+
+@pytest.mark.parametrize("uri", ["/_matrix/client/versions", "/_matrix/media/v3/config", "/_synapse/admin/v1/rooms"])
+def test_host_address_scheme_and_request_id_reach_synapse(nginx, uri):
+    sent = {"Host": "matrix.example.org:8443", "X-Forwarded-For": "198.51.100.7, 127.0.0.1", "X-Request-ID": "forged"}
+    if "admin" in uri:
+        sent["X-Forwarded-For"] = "127.0.0.1"
+    headers = nginx.ask("GET", uri, sent)[2]["headers"]
+    assert headers["Host"] == "matrix.example.org:8443"
+    assert headers["X-Forwarded-For"] == sent["X-Forwarded-For"].split(",")[0]
+    assert headers["X-Forwarded-Proto"] == "http"
+    assert headers["X-Request-ID"] != "forged"
+    assert "Connection" not in headers
+
+
+def test_a_proxy_in_front_is_believed_about_address_and_scheme(nginx):
+    sent = {"X-Forwarded-For": "6.6.6.6, 203.0.113.9", "X-Forwarded-Proto": "https"}
+    headers = nginx.ask("GET", "/_matrix/client/versions", sent)[2]["headers"]
+    assert (headers["X-Forwarded-For"], headers["X-Forwarded-Proto"]) == ("203.0.113.9", "https")
+
+
+def test_nobody_else_is_believed_about_address_and_scheme(directory):
+    sent = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "https"}
+    with Nginx(directory / "front", [], trusted_proxies=[]) as nginx:
+        headers = nginx.ask("GET", "/_matrix/client/versions", sent)[2]["headers"]
+    assert (headers["X-Forwarded-For"], headers["X-Forwarded-Proto"]) == ("127.0.0.1", "http")
+
+
+@pytest.mark.parametrize("name", ["client", "server"])
+def test_well_known_says_word_for_word_what_the_settings_say(nginx, name):
+    status, headers, content = nginx.ask("GET", f"/.well-known/matrix/{name}")
+    assert (status, content) == (200, nginx.settings["well_known"][name])
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_other_homeservers_find_well_known_server_alone(nginx):
+    assert nginx.ask("GET", "/.well-known/matrix/server", federation=True)[0] == 200
+    assert nginx.ask("GET", "/.well-known/matrix/client", federation=True)[0] == 404
+
+
+def test_well_known_can_be_switched_off(directory):
+    with Nginx(directory / "off", []) as nginx:
+        assert nginx.ask("GET", "/.well-known/matrix/client")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "uri", ["/", "/health", "/metrics", "/_synapse/metrics", "/_synapse/replication/x", "/_synapse/mas/x", "/_matrixx"]
+)
+def test_what_is_not_for_the_public_is_an_unrecognized_request(nginx, uri):
+    status, headers, content = nginx.ask("GET", uri)
+    assert (status, content["errcode"]) == (404, "M_UNRECOGNIZED")
+    assert headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_the_federation_listener_serves_federation_keys_and_media_only(nginx):
+    served = ["/_matrix/federation/v1/version", "/_matrix/key/v2/server", "/_matrix/media/v3/download/x/m"]
+    refused = ["/_matrix/client/versions", "/_synapse/client/pick_idp", "/_synapse/admin/v1/rooms", "/"]
+    answers = {uri: nginx.ask("GET", uri, federation=True)[0] for uri in served + refused}
+    assert answers == {**dict.fromkeys(served, 200), **dict.fromkeys(refused, 404)}
+
+
+def test_federation_can_be_switched_off(directory):
+    off = {"listen": ["127.0.0.1:1"], "tls": None, "enabled": False}
+    with Nginx(directory / "off", [], federation=off) as nginx:
+        assert nginx.ask("GET", "/_matrix/federation/v1/version")[0] == 200
+        with pytest.raises(ConnectionRefusedError):
+            nginx.ask("GET", "/_matrix/federation/v1/version", federation=True)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/_synapse/admin/v1/rooms",
+        "/_matrix/../_synapse/admin/v1/rooms",
+        "/_matrix/%2e%2e/_synapse/admin/v1/rooms",
+        "//_synapse/admin/v1/rooms",
+        "/_synapse%2Fadmin/v1/rooms",
+        "/_synapse/admin/v2/users/..%2F..%2F..%2F..%2F_matrix%2Fx",
+        "/_synapse/metrics/..%2F..%2F_matrix%2Fx",
+    ],
+)
+def test_the_admin_api_is_for_the_allowed_addresses_alone(nginx, uri):
+    status, _, content = nginx.ask("GET", uri, {"X-Forwarded-For": "203.0.113.9"})
+    assert (status, content["errcode"]) in [(403, "M_FORBIDDEN"), (404, "M_UNRECOGNIZED")]
+    assert nginx.ask("GET", "/_synapse/admin/v1/rooms")[0] == 200
+
+
+def test_a_room_stays_with_one_process_however_its_id_is_written(nginx):
+    forms = ["!abc:example.org", "%21abc:example.org", "!abc%3Aexample.org", "%21abc%3aexample.org", "!%61bc:example.org"]
+    uris = [f"/_matrix/client/v3/rooms/{form}/{end}" for form in forms for end in ("messages", "send/m.x/1", "state")]
+    uris += [f"/_matrix/federation/v1/state/{form}" for form in forms]
+    uris += [f"/_matrix/client/v3/join/{form}" for form in forms]
+    assert len({nginx.who("GET", uri) for uri in uris}) == 1
+
+
+@pytest.mark.parametrize("room", ["!r{}:example.org", "!Opaque-id_of-version_12-{}", "%21r{}%3Aexample.org"])
+def test_rooms_are_spread_over_the_processes(nginx, room):
+    found = collections.Counter(nginx.who("GET", f"/_matrix/client/v3/rooms/{room.format(i)}/state") for i in range(90))
+    assert len(found) == 3
+    assert min(found.values()) > 10
+
+
+def test_the_devices_of_a_user_stay_with_one_process_and_users_are_spread(nginx):
+    def who(token, as_query=False):
+        if as_query:
+            return nginx.who("GET", f"/_matrix/client/v3/sync?access_token={token}")
+        return nginx.who("GET", "/_matrix/client/v3/sync", {"Authorization": f"Bearer {token}"})
+
+    users = {
+        user: {who(f"syt_{user}_{device}_x", as_query) for device in range(4) for as_query in (True, False)}
+        for user in (f"dXNlcg{i}" for i in range(30))
+    }
+    assert {len(processes) for processes in users.values()} == {1}
+    assert len({min(processes) for processes in users.values()}) == 3
+    # A token of another kind is known as a whole.
+    assert len({who("mat_abc", as_query) for as_query in (True, False)}) == 1
+
+
+def test_an_origin_stays_with_one_process_and_origins_are_spread(nginx):
+    def who(origin, transaction):
+        authorization = f'X-Matrix destination="example.org",key="ed25519:1",origin={origin},sig="c2ln"'
+        return nginx.who("PUT", f"/_matrix/federation/v1/send/{transaction}", {"Authorization": authorization})
+
+    found = {i: {who(f'"s{i}.org"', transaction) for transaction in range(3)} | {who(f"s{i}.org", 4)} for i in range(30)}
+    assert {len(processes) for processes in found.values()} == {1}
+    assert len({min(processes) for processes in found.values()}) == 3
+
+
+def test_requests_without_a_key_are_spread(nginx):
+    assert len({nginx.who("GET", "/_matrix/client/v3/sync") for _ in range(60)}) == 3
+    assert len({nginx.who("POST", "/_matrix/client/v3/knock/nonsense") for _ in range(60)}) == 3
+
+
+def test_one_more_process_takes_only_its_share_of_the_rooms(directory):
+    def answers(count):
+        with Nginx(directory / "grown", ["generic"] * count) as nginx:
+            return [nginx.who("GET", f"/_matrix/client/v3/rooms/!r{i}/state") for i in range(200)]
+
+    moved = [after for before, after in zip(answers(3), answers(4), strict=True) if before != after]
+    assert set(moved) == {"generic.4"}
+    assert 20 < len(moved) < 90
+
+
+def test_a_dead_process_fails_no_request_that_a_peer_can_take(directory):
+    rooms = [f"/_matrix/client/v3/rooms/!r{i}/send/m.x" for i in range(20)]
+    with Nginx(directory / "dead", ["generic"] * 2) as nginx:
+        before = [nginx.who("POST", room) for room in rooms]
+        assert set(before) == {"generic.1", "generic.2"}
+        nginx.processes["generic.1"].stop()
+        assert {nginx.who("POST", room, body="{}") for room in rooms} == {"generic.2"}
+        nginx.processes["generic.1"] = nginx.processes["generic.1"].start_again()
+        assert [nginx.who("POST", room) for room in rooms] == before
+
+
+def test_a_process_without_a_peer_answers_as_soon_as_it_is_back(directory):
+    typing = ("PUT", "/_matrix/client/v3/rooms/!r:x/typing/@u:x")
+    with Nginx(directory / "back", ["typing"]) as nginx:
+        for _ in range(3):
+            assert nginx.who(*typing) == "typing.1"
+            nginx.processes["typing.1"].stop()
+            status, headers, content = nginx.ask(*typing)
+            assert (status, content["errcode"]) == (502, "M_UNKNOWN")
+            assert headers["Access-Control-Allow-Origin"] == "*"
+            nginx.processes["typing.1"] = nginx.processes["typing.1"].start_again()
+            assert [nginx.who(*typing) for _ in range(5)] == ["typing.1"] * 5
+
+
+@pytest.mark.parametrize(
+    ("uri", "megabytes", "status"),
+    [
+        ("/_matrix/media/v3/upload", 19, 200),
+        ("/_matrix/media/v3/upload", 21, 413),
+        ("/_matrix/client/v3/search", 12, 200),
+        ("/_matrix/client/v3/search", 14, 413),
+    ],
+)
+def test_a_body_may_be_as_large_as_synapse_takes_it(nginx, uri, megabytes, status):
+    size = megabytes * 1024 * 1024
+    answered, _, content = nginx.ask("POST", uri, body=b"x" * size)
+    assert answered == status
+    assert content.get("body") == size if status == 200 else content["errcode"] == "M_TOO_LARGE"
+
+
+def test_the_log_says_where_a_request_went_and_no_log_holds_a_token(directory):
+    with Nginx(directory / "log", ["typing"]) as nginx:
+        for _ in range(2):
+            headers = {"Authorization": "Bearer SECRET"}
+            status, _, _ = nginx.ask("PUT", "/_matrix/client/v3/rooms/!r/typing/@u?access_token=SECRET", headers)
+            nginx.processes["typing.1"].stop()
+        (directory / "log/typing.1.sock").unlink()
+        nginx.ask("PUT", "/_matrix/client/v3/rooms/!r/typing/@u?access_token=SECRET")
+    assert status == 502
+    lines = (directory / "log/matrix-synapse.access.log").read_text().splitlines()
+    assert len(lines) == 3
+    assert '"PUT /_matrix/client/v3/rooms/!r/typing/@u HTTP/1.1" 200' in lines[0]
+    assert f"via synapse_stream_typing to unix:{directory}/log/typing.1.sock: 200" in lines[0]
+    assert ": 502 " in lines[1]
+    assert not [log.name for log in (directory / "log").glob("*.log") if "SECRET" in log.read_text()]
+
+
+def test_nginx_tells_the_digest_of_the_configuration_it_runs(nginx):
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(nginx.settings["status_socket"])
+    connection.request("GET", "/config")
+    digest = connection.getresponse().read().decode()
+    assert digest == hashlib.sha256(nginx.config.partition("\n\n# What nginx runs")[0].encode()).hexdigest()
+    assert digest not in render(nginx.plan, {**nginx.settings, "max_upload_size": "21M"})
+
+
+def test_tls_speaks_http_1_1_and_http_2_and_nothing_older_than_1_2(directory):
+    files = {"certificate": str(directory / "tls.crt"), "key": str(directory / "tls.key")}
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        + ["-subj", "/CN=matrix.example.org", "-out", files["certificate"], "-keyout", files["key"]],
+        check=True,
+        capture_output=True,
+    )
+    port = free_port()
+    client = {"listen": [f"127.0.0.1:{port}"], "tls": files}
+    context = ssl.create_default_context(cafile=files["certificate"])
+    context.check_hostname = False
+    with Nginx(directory / "tls", [], client=client) as nginx:
+        nginx.client = port
+        assert "[warn]" not in nginx.run("-t").stderr
+        headers = nginx.ask("GET", "/_matrix/client/versions", tls=context)[2]["headers"]
+        assert headers["X-Forwarded-Proto"] == "https"
+        context.set_alpn_protocols(["h2"])
+        with socket.create_connection(("127.0.0.1", port)) as plain, context.wrap_socket(plain) as secure:
+            assert secure.selected_alpn_protocol() == "h2"
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port)) as plain:
+            context.wrap_socket(plain)
+
+
+@pytest.mark.parametrize(
+    ("version", "listen", "directive"),
+    [("nginx/1.22.1", "ssl http2;", False), ("nginx/1.24.0 (Ubuntu)", "ssl http2;", False), ("nginx/1.26.3", "ssl;", True)],
+)
+def test_http_2_is_switched_on_as_this_nginx_wants_it(nginx, version, listen, directive):
+    tls = {"listen": ["0.0.0.0:443"], "tls": {"certificate": "/c", "key": "/k"}}
+    config = render(nginx.plan, {**nginx.settings, "client": tls}, version=f"nginx version: {version}\n")
+    assert f"listen 0.0.0.0:443 {listen}" in config
+    assert ("http2 on;" in config) is directive
