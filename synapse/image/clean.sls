@@ -1,0 +1,7 @@
+{#- Removes the images that were built here, the pulled one and their byte code, except what a container still uses. -#}
+
+{%- from "synapse/map.jinja" import synapse with context %}
+
+Synapse's images are absent:
+  synapse_image.absent:
+    - image: {{ synapse.image | json }}
