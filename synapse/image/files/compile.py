@@ -13,6 +13,9 @@ import sys
 import sysconfig
 from py_compile import PycInvalidationMode
 
+# Half of all there is, and of no use to a server.
+NEVER_IMPORTED = r"/(tests?|idlelib|lib2to3|ensurepip|pip|phonenumbers/(geodata|carrierdata))/"
+
 
 def main(marker=None):
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -24,7 +27,7 @@ def main(marker=None):
                 path,
                 quiet=2,
                 workers=0,
-                rx=re.compile(r"/tests?/"),
+                rx=re.compile(NEVER_IMPORTED),
                 invalidation_mode=PycInvalidationMode.TIMESTAMP,
             )
     if marker:

@@ -1,0 +1,422 @@
+"""
+The files that Synapse reads: what stands in them, what they hold now, and whether Synapse accepts them.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import pathlib
+import secrets as random_secrets
+import shutil
+import string
+import tempfile
+
+import salt.utils.files
+import salt.utils.yaml
+from salt.exceptions import CommandExecutionError
+
+SECRETS = ("replication", "macaroon", "form", "registration")
+SIGNING_KEY = "signing.key"
+
+# Synapse takes each of these from a file, so that homeserver.yaml holds none of them.
+# https://element-hq.github.io/synapse/latest/usage/configuration/config_documentation.html
+SECRET_PATH_SETTINGS = {
+    "worker_replication_secret_path": "replication",
+    "macaroon_secret_key_path": "macaroon",
+    "form_secret_path": "form",
+    "registration_shared_secret_path": "registration",
+    "signing_key_path": SIGNING_KEY,
+}
+
+POSTGRES_SOCKETS = "/run/postgresql"
+REDIS_SOCKETS = "/run/redis-synapse"
+
+CHECK_SCRIPT = "salt://synapse/config/files/check.py"
+HEADER = "# Written by synapse-formula from the pillar: a change made here is lost at the next state.apply.\n"
+
+
+def files():
+    """
+    Return the files that the pillar asks for, without touching any: a dict from path to text.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.files --out=quiet
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    plan = __salt__["synapse_workers.plan"]()
+    registrations = __salt__["synapse_appservice.registrations"]()
+    inputs = json.dumps([settings, plan["roster"], registrations], default=str)
+    known = __context__.get("synapse_config.files")
+    if not known or known[0] != inputs:
+        known = __context__["synapse_config.files"] = (inputs, _files(settings, plan, registrations))
+    return known[1]
+
+
+def _files(settings, plan, registrations):
+    directory = settings["directories"]["config"]
+    wanted = {f"{directory}/homeserver.yaml": homeserver(settings, plan, registrations)}
+    for process in plan["processes"]:
+        wanted[process["log_config"]] = _log(settings, process["log_level"])
+        if process["type"] != "main":
+            wanted[process["config_files"][-1]] = process["config"]
+    wanted.update({registration["path"]: registration["registration"] for registration in registrations})
+    texts = {path: HEADER + _yaml(data) for path, data in wanted.items()}
+    texts[f"{directory}/roster.json"] = json.dumps(plan["roster"], indent=1) + "\n"
+    return texts
+
+
+def _read_by(process):
+    """The paths of the files that a process reads."""
+    registrations = [registration["path"] for registration in __salt__["synapse_appservice.registrations"]()]
+    return [*process["config_files"], process["log_config"], *registrations]
+
+
+def _yaml(data):
+    return salt.utils.yaml.safe_dump(data, default_flow_style=False, sort_keys=False, width=120)
+
+
+def homeserver(settings, plan, registrations):
+    """
+    Return homeserver.yaml as a dict: what the formula says, what the plan says, and over both the operator's ``config``.
+
+    settings
+        See ``synapse_pillar.settings``.
+
+    plan
+        See ``synapse_workers.build``.
+
+    registrations
+        See ``synapse_appservice.registrations``.
+    """
+    data = settings["directories"]["data"]
+    main = plan["processes"][0]
+    config = {
+        "server_name": settings["server_name"],
+        "public_baseurl": settings["public_base_url"] or f"https://{settings['server_name']}/",
+        "report_stats": False,
+        "suppress_key_server_warning": True,
+        "enable_metrics": settings["metrics"],
+        "max_upload_size": settings["max_upload_size"],
+        "media_store_path": f"{data}/media",
+        "log_config": main["log_config"],
+        **{key: f"{data}/secrets/{name}" for key, name in SECRET_PATH_SETTINGS.items()},
+        "old_signing_keys": settings["signing_key"]["old"],
+        "database": _database(settings),
+        "redis": _redis(settings),
+        "app_service_config_files": [registration["path"] for registration in registrations],
+        **plan["shared"],
+        **main["config"],
+    }
+    return __salt__["synapse_pillar.merge"](config, settings["config"])
+
+
+def _database(settings):
+    postgres = settings["postgres"]
+    arguments = {
+        "user": postgres["user"] or settings["user"]["name"],
+        "password": postgres["password"],
+        "dbname": postgres["database"],
+        "host": POSTGRES_SOCKETS if postgres["managed"] else postgres["host"],
+        "port": postgres["port"],
+        "cp_min": postgres["connections"]["min"],
+        "cp_max": postgres["connections"]["max"],
+    }
+    return {"name": "psycopg2", "args": {key: value for key, value in arguments.items() if value is not None}}
+
+
+def _redis(settings):
+    redis = settings["redis"]
+    if redis["managed"]:
+        return {"enabled": True, "path": f"{REDIS_SOCKETS}/redis.sock"}
+    if redis["host"].startswith("/"):
+        where = {"path": redis["host"]}
+    else:
+        where = {"host": redis["host"], "port": redis["port"]}
+    return {"enabled": True, **where, **({"password": redis["password"]} if redis["password"] else {})}
+
+
+def _log(settings, level):
+    """https://element-hq.github.io/synapse/latest/usage/configuration/logging_sample_config.html"""
+    return {
+        "version": 1,
+        # The journal adds the time and the process.
+        "formatters": {"journal": {"format": "%(name)s - %(lineno)d - %(levelname)s - %(request)s - %(message)s"}},
+        "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "journal"}},
+        "loggers": {name: {"level": level} for name, level in settings["log"]["loggers"].items()},
+        "root": {"level": level, "handlers": ["console"]},
+        "disable_existing_loggers": False,
+    }
+
+
+def sockets_to_mount():
+    """
+    Return the directories of the host's sockets that Synapse enters besides its own: of PostgreSQL and Redis.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.sockets_to_mount
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    found = []
+    for service, directory in (("postgres", POSTGRES_SOCKETS), ("redis", REDIS_SOCKETS)):
+        host = settings[service]["host"] or ""
+        if settings[service]["managed"]:
+            found.append(directory)
+        elif host.startswith("/"):
+            # Of Redis the socket itself is named, of PostgreSQL its directory.
+            found.append(os.path.dirname(host) if service == "redis" else host)
+    return found
+
+
+def identity():
+    """
+    Return ``(uid, gid)`` that Synapse runs as, ``(None, None)`` while the account does not exist yet.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.identity
+    """
+    user = __salt__["synapse_pillar.settings"]()["user"]
+    uid, gid = __salt__["file.user_to_uid"](user["name"]), __salt__["file.group_to_gid"](user["group"])
+    return (None, None) if "" in (uid, gid) else (uid, gid)
+
+
+def pending():
+    """
+    Return the paths of the files that a run would write: those of :func:`files` that differ from what is there.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.pending
+    """
+    return [path for path, text in files().items() if _read(path) != text]
+
+
+def superfluous():
+    """
+    Return the paths of configuration files that nothing in the pillar asks for any more.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.superfluous
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    directory = pathlib.Path(settings["directories"]["config"])
+    there = [path for pattern in ("workers/*.yaml", "appservices/*.yaml", "log-*.yaml") for path in directory.glob(pattern)]
+    return sorted(str(path) for path in there if str(path) not in files())
+
+
+def _read(path):
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as err:
+        raise CommandExecutionError(f"{path}: {err}") from err
+
+
+def write(image):
+    """
+    Write the files that differ, once Synapse's own parser has accepted them all; return their paths.
+
+    image
+        The reference or id of the image whose Synapse shall accept them.
+
+    Raises CommandExecutionError with everything the parser said, and then has changed nothing.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.write matrixdotorg/synapse:v1.163.2
+    """
+    changed = pending()
+    if not changed:
+        return []
+    settings = __salt__["synapse_pillar.settings"]()
+    directory = settings["directories"]["config"]
+    _, gid = identity()
+    candidate = tempfile.mkdtemp(prefix=".candidate-", dir=directory)
+    try:
+        os.chmod(candidate, 0o750)
+        os.chown(candidate, 0, gid)
+        for path, text in files().items():
+            _put(os.path.join(candidate, os.path.relpath(path, directory)), text, gid)
+        _check(candidate, set(changed), image, settings)
+        for path in changed:
+            _make_directory(os.path.dirname(path), gid)
+            os.replace(os.path.join(candidate, os.path.relpath(path, directory)), path)
+    finally:
+        shutil.rmtree(candidate, ignore_errors=True)
+    return changed
+
+
+def _make_directory(path, gid):
+    if not os.path.isdir(path):
+        os.mkdir(path, 0o750)
+        os.chown(path, 0, gid)
+
+
+def _put(path, text, gid, mode=0o640):
+    _make_directory(os.path.dirname(path), gid)
+    with salt.utils.files.fopen(path, "w", encoding="utf-8", opener=lambda p, flags: os.open(p, flags, mode)) as handle:
+        handle.write(text)
+    os.chown(path, 0, gid)
+
+
+def _check(candidate, changed, image, settings):
+    """Have Synapse parse the configuration of each process that reads a changed file."""
+    directories = settings["directories"]
+    processes = __salt__["synapse_workers.plan"]()["processes"]
+    readers = {
+        process["name"]: process["config_files"] for process in processes if changed.intersection(_read_by(process))
+    }
+    if not readers:
+        return
+    uid, gid = identity()
+    command = ["docker", "run", "--rm", "--interactive", "--init", "--read-only", "--network", "none", "--pull", "never"]
+    command += ["--user", f"{uid}:{gid}", "--cap-drop", "ALL", "--tmpfs", "/tmp", "--env", "PYTHONDONTWRITEBYTECODE=1"]
+    for source, target in (
+        (candidate, directories["config"]),
+        (f"{directories['data']}/secrets", f"{directories['data']}/secrets"),
+        (f"{directories['data']}/media", f"{directories['data']}/media"),
+    ):
+        command += ["--mount", f"type=bind,source={source},target={target},readonly"]
+    command += ["--entrypoint", "python3", image, "-c", __salt__["cp.get_file_str"](CHECK_SCRIPT)]
+    done = __salt__["cmd.run_all"](command, stdin=json.dumps(readers), python_shell=False, output_loglevel="debug")
+    if done["retcode"] != 0:
+        said = (done["stdout"] or done["stderr"]).strip().splitlines()[-20:]
+        raise CommandExecutionError("Synapse does not accept the configuration:\n" + "\n".join(said))
+
+
+def pending_secrets():
+    """
+    Return the names of the secrets that a run would write: those missing, and those the pillar gives another value.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.pending_secrets
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    given = _given_secrets(settings)
+    pending = []
+    for name in (*SECRETS, SIGNING_KEY):
+        there = _read(_secret_path(settings, name))
+        if there is None or (name in given and given[name] != there):
+            pending.append(name)
+    return pending
+
+
+def write_secrets():
+    """
+    Write the secrets that :func:`pending_secrets` names: the pillar's, or new random ones, which then stay.
+
+    A signing key that is replaced stays beside the new one, as ``signing.key.ID``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.write_secrets
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    given = _given_secrets(settings)
+    _, gid = identity()
+    pending = pending_secrets()
+    for name in pending:
+        path = _secret_path(settings, name)
+        if name == SIGNING_KEY and os.path.exists(path):
+            os.link(path, f"{path}.{_key_id(_read(path)).replace(':', '_')}")
+        text = given.get(name) or (_new_signing_key() if name == SIGNING_KEY else random_secrets.token_urlsafe(48))
+        _put(path + ".new", text, gid)
+        os.replace(path + ".new", path)
+    return pending
+
+
+def signing_key_faults():
+    """
+    Return the fault of a pillar that would replace the signing key without keeping the old one's public half.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.signing_key_faults
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    current, there = settings["signing_key"]["current"], _read(_secret_path(settings, SIGNING_KEY))
+    if current is None or there is None or current.split() == there.split():
+        return []
+    if _key_id(there) in settings["signing_key"]["old"]:
+        return []
+    return [
+        __salt__["synapse_pillar.fault"](
+            "synapse:signing_key:current",
+            None,
+            f"this homeserver signs with {_key_id(there)}; to replace that key, name it below synapse:signing_key:old",
+            secret=True,
+        )
+    ]
+
+
+def _given_secrets(settings):
+    given = {name: value for name, value in settings["secrets"].items() if value}
+    if settings["signing_key"]["current"]:
+        given[SIGNING_KEY] = settings["signing_key"]["current"].strip() + "\n"
+    return given
+
+
+def _secret_path(settings, name):
+    return f"{settings['directories']['data']}/secrets/{name}"
+
+
+def _key_id(text):
+    """The id of a signing key file: ``ed25519:a_ABCD`` of ``ed25519 a_ABCD SEED``."""
+    return ":".join(text.split()[:2])
+
+
+def _new_signing_key():
+    # As signedjson writes it: algorithm, version, unpadded base64 of the 32 bytes of the seed.
+    version = "a_" + "".join(random_secrets.choice(string.ascii_letters) for _ in range(4))
+    seed = base64.b64encode(random_secrets.token_bytes(32)).decode().rstrip("=")
+    return f"ed25519 {version} {seed}\n"
+
+
+def digests():
+    """
+    Return a digest of all that each process reads: a dict from process name to hexadecimal text.
+
+    It tells of the files that the pillar asks for, whether they are written yet or not.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.digests
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    given = _given_secrets(settings)
+    wanted = files()
+    shared = [given.get(name) or _read(_secret_path(settings, name)) or "" for name in (*SECRETS, SIGNING_KEY)]
+    return {
+        process["name"]: _digest(shared + [wanted[path] for path in _read_by(process)])
+        for process in __salt__["synapse_workers.plan"]()["processes"]
+    }
+
+
+def _digest(texts):
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

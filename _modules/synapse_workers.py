@@ -1,0 +1,684 @@
+"""
+The plan: which Synapse processes the pillar asks for, and everything that follows from it.
+
+:func:`build` is the specification: pure Python, from settings and roster to plan. What it knows about Synapse is data in
+``synapse/data/workers.yaml`` and ``routes.yaml``. The functions for the command line read the pillar and the roster and
+call it.
+
+Words: the *main process* is ``synapse.app.homeserver``; a *worker* is any other process; a *stream writer* is the worker
+that writes one of Synapse's streams; the *roster* is the record of the names already given.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+
+import salt.utils.yaml
+from salt.exceptions import CommandExecutionError
+
+MAIN = "matrix-synapse"
+MAIN_UPSTREAM = "synapse_main"
+WORKER_PREFIX = "matrix-synapse-worker-"
+
+# The main process has two more names in Synapse's settings.
+MAIN_IN_STREAM_WRITERS = "master"
+MAIN_IN_INSTANCE_MAP = "main"
+
+# A Unix socket's path has at most 107 bytes (unix(7)), and Synapse puts a lock of the name PATH.lock beside it.
+LONGEST_SOCKET_PATH = 107 - len(".lock")
+
+MOST_WORKERS = 1024
+ENTRY_OPTIONS = ("config", "log_level", "memory", "cpus", "arguments")
+
+# What the plan itself writes; anybody else's value would cut a process off from nginx, its health check or its unit.
+PLANNED_SETTINGS = ("worker_app", "worker_name", "worker_listeners", "worker_log_config", "listeners", "log_config")
+
+
+def plan():
+    """
+    Return the whole plan of the pillar: see :func:`build`.
+
+    Raises CommandExecutionError that lists every fault of the pillar.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.plan
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    inputs = json.dumps([settings, roster(settings)], default=str)
+    known = __context__.get("synapse_workers.plan")
+    if not known or known[0] != inputs:
+        known = __context__["synapse_workers.plan"] = (inputs, _plan(settings))
+    return known[1]
+
+
+def _plan(settings):
+    found = validate()
+    if found:
+        raise CommandExecutionError("The pillar has faults:\n" + "\n".join(f"- {line}" for line in found))
+    known = __salt__["synapse_pillar.knowledge"]()
+    return build(settings, known["workers"], known["routes"], roster(settings))
+
+
+def names():
+    """
+    Return the names of all processes, the main process first.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.names
+    """
+    return [process["name"] for process in plan()["processes"]]
+
+
+def validate():
+    """
+    Return a list of all faults of the pillar, a sentence each; an empty list says that it can be applied.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.validate
+    """
+    former = __pillar__.get("matrix_synapse_workers_enabled_list")
+    if former is not None:
+        return [_former_list_fault("matrix_synapse_workers_enabled_list", former)]
+    pillar = __pillar__.get("synapse")
+    found = former_fault(pillar)
+    if found:
+        return found
+    found = __salt__["synapse_pillar.faults"]()
+    if found:
+        return found
+    settings = __salt__["synapse_pillar.settings"]()
+    known = __salt__["synapse_pillar.knowledge"]()
+    found = faults(settings, known["workers"], roster(settings))
+    return found + __salt__["synapse_appservice.faults"]() + __salt__["synapse_config.signing_key_faults"]()
+
+
+def outdated_modules():
+    """
+    Return a fault for each of the formula's modules that the minion runs in another version than the file server has.
+
+    Salt syncs custom modules at a highstate, not at ``state.apply synapse``, and only after the pillar was rendered.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.outdated_modules
+    """
+    cache = pathlib.Path(__opts__["extension_modules"])
+    found = []
+    for directory in ("modules", "states"):
+        for source in __salt__["cp.list_master"](prefix=f"_{directory}/synapse_"):
+            if source.endswith(".py"):
+                synced = cache / directory / pathlib.Path(source).name
+                if not synced.exists() or _digest_of(synced) != __salt__["cp.hash_file"](f"salt://{source}")["hsum"]:
+                    found.append(f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first")
+    return found
+
+
+def _digest_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def diagram():
+    """
+    Return a picture of who talks to whom, as Mermaid text.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.diagram --out=newline_values_only
+    """
+    return draw(plan())
+
+
+def roster(settings):
+    """
+    Return the roster that is kept on this minion, ``{}`` before the first run.
+
+    Raises CommandExecutionError if it can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.roster '{"directories": {"config": "/etc/matrix-synapse"}}'
+    """
+    path = pathlib.Path(settings["directories"]["config"], "roster.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as err:
+        raise CommandExecutionError(
+            f"{path}: {err}. It keeps the workers' names; put it back from a backup, or remove it to have all named anew"
+        ) from err
+
+
+def build(settings, workers, routes_data, roster):
+    """
+    Return the plan: a pure function of its arguments.
+
+    settings
+        The pillar below ``synapse`` over the defaults, without faults: see ``synapse_pillar.settings``.
+
+    workers
+        ``data/workers.yaml``.
+
+    routes_data
+        ``data/routes.yaml``.
+
+    roster
+        The roster of the run before, ``{}`` if there was none.
+
+    The plan is a dict of
+
+    ``processes``
+        A list, the main process first, then the workers by index. Each has ``name``, ``type``, ``stream`` (or None),
+        ``index`` (None for main), ``about``, ``app``, ``config_files`` (paths in the order Synapse reads them),
+        ``config`` (the worker's own settings; empty for main), ``public_socket`` (or None), ``private_socket``,
+        ``log_level``, ``memory``, ``cpus``, ``arguments``.
+
+    ``shared``
+        The settings of homeserver.yaml that bind the processes together.
+
+    ``upstreams``, ``routes``
+        What nginx needs.
+
+    ``max_connections``
+        How many connections the database must allow.
+
+    ``roster``
+        The roster after this run.
+    """
+    wanted = [
+        {**_blank(settings), **entry} for entry in _expand(settings, workers) for _ in range(entry.get("count", 1))
+    ]
+    numbered = sorted(_number(wanted, roster.get("workers", {})), key=lambda pair: pair[0])
+    processes = [_main(settings, workers)]
+    processes += [_worker(index, entry, settings, workers) for index, entry in numbered]
+    shared = _shared(processes, settings, workers)
+    for process in processes:
+        _listen(process, shared, settings)
+    return {
+        "processes": processes,
+        "shared": shared,
+        **routing(processes, routes_data),
+        "max_connections": max_connections(len(processes), settings),
+        "roster": {
+            "server_name": settings["server_name"],
+            "workers": {
+                process["name"]: _identity(index, entry)
+                for (index, entry), process in zip(numbered, processes[1:], strict=True)
+            },
+        },
+    }
+
+
+def _blank(settings):
+    """What every process gets where its entry says nothing."""
+    return {"stream": None, "config": {}, **{key: settings["process"][key] for key in ENTRY_OPTIONS if key != "config"}}
+
+
+def _expand(settings, workers):
+    """The entries of the preset, then those of the list."""
+    return list(workers["presets"].get(settings["workers"]["preset"], [])) + list(settings["workers"]["list"])
+
+
+def _identity(index, entry):
+    """What the roster keeps of a worker, to know it again."""
+    options = json.dumps([entry[key] for key in ENTRY_OPTIONS], sort_keys=True, default=str)
+    return {
+        "index": index,
+        "type": entry["type"],
+        "stream": entry["stream"],
+        "options": hashlib.sha256(options.encode()).hexdigest()[:16],
+    }
+
+
+def _number(wanted, known):
+    """
+    Pair each wanted worker with an index: the one it bore before, else the lowest that nobody bears.
+
+    A worker is known again by type, stream and options; failing that, by type and stream, so that changed options do not
+    rename it.
+    """
+    bearers = sorted(known.values(), key=lambda bearer: bearer["index"])
+    numbered, rest = [], list(wanted)
+    for likeness in (("type", "stream", "options"), ("type", "stream")):
+        nameless = []
+        for entry in rest:
+            identity = _identity(None, entry)
+            match = next((b for b in bearers if all(b[key] == identity[key] for key in likeness)), None)
+            if match:
+                bearers.remove(match)
+                numbered.append((match["index"], entry))
+            else:
+                nameless.append(entry)
+        rest = nameless
+    taken = {index for index, _ in numbered}
+    free = (index for index in range(len(wanted)) if index not in taken)
+    return numbered + [(next(free), entry) for entry in rest]
+
+
+def _main(settings, workers):
+    own = {key: value for key, value in settings["main"].items() if value is not None}
+    return {
+        **_blank(settings),
+        **own,
+        "name": MAIN,
+        "type": "main",
+        "index": None,
+        "about": workers["main"]["about"],
+        "app": workers["main"]["app"],
+        "serves": workers["main"]["serves"],
+        "config_files": [f"{settings['directories']['config']}/homeserver.yaml"],
+        "own_config": {},
+    }
+
+
+def _worker(index, entry, settings, workers):
+    kind = workers["types"][entry["type"]]
+    stream = entry["stream"]
+    name = f"{WORKER_PREFIX}{index}-{entry['type']}"
+    if stream:
+        name += "-" + stream.replace("_", "-")
+    about = f"{kind['about']}: {stream}" if stream else kind["about"]
+    directory = settings["directories"]["config"]
+    return {
+        **{key: value for key, value in entry.items() if key not in ("count", "config")},
+        "name": name,
+        "index": index,
+        "about": about,
+        "app": kind["app"],
+        "serves": kind.get("serves", []),
+        "config_files": [f"{directory}/homeserver.yaml", f"{directory}/workers/{name}.yaml"],
+        "own_config": {**kind.get("config", {}), **entry["config"]},
+    }
+
+
+def _shared(processes, settings, workers):
+    """The settings that bind the processes together, each with the names that the plan gave."""
+    shared, writers = {}, {}
+    for process in processes[1:]:
+        kind = workers["types"][process["type"]]
+        shared.update(kind.get("shared", {}))
+        if "listed_in" in kind:
+            shared.setdefault(kind["listed_in"], []).append(process["name"])
+        if "named_in" in kind:
+            shared.setdefault(kind["named_in"], process["name"])
+        if process["stream"]:
+            writers.setdefault(process["stream"], []).append(process["name"])
+    proxies = settings["config"].get("outbound_federation_restricted_to", [])
+    called = [MAIN, *(name for names in writers.values() for name in names), *proxies]
+    shared["stream_writers"] = writers
+    shared["instance_map"] = {
+        MAIN_IN_INSTANCE_MAP if process["type"] == "main" else process["name"]: {
+            "path": _socket(settings, "private", process["name"])
+        }
+        for process in processes
+        if process["name"] in called
+    }
+    return shared
+
+
+def _socket(settings, side, name):
+    return f"{settings['directories']['run']}/{side}/{name}.sock"
+
+
+def _listen(process, shared, settings):
+    """
+    Give the process its listeners.
+
+    Every process has a private one, for health, metrics and replication, which only Synapse may enter. One that serves
+    requests has a public one besides, which nginx may enter too. A process that answers /health has bound both.
+    """
+    name, is_main = process["name"], process["type"] == "main"
+    called = MAIN_IN_INSTANCE_MAP if is_main else name
+    private = (
+        ["health"]
+        + ["metrics"] * settings["metrics"]
+        + ["replication"] * (called in shared.get("instance_map", {}))
+    )
+    serves = process.pop("serves")
+    if is_main and not shared.get("enable_media_repo", True):
+        serves = [resource for resource in serves if resource != "media"]
+    process["log_config"] = f"{settings['directories']['config']}/log-{process['log_level'].lower()}.yaml"
+    process["private_socket"] = _socket(settings, "private", name)
+    process["public_socket"] = _socket(settings, "public", name) if serves else None
+    listeners = [_listener(process["private_socket"], private, x_forwarded=False)]
+    if serves:
+        listeners.append(_listener(process["public_socket"], serves, x_forwarded=True))
+    own = process.pop("own_config")
+    if is_main:
+        process["config"] = {"listeners": listeners}
+    else:
+        process["config"] = {
+            "worker_app": process["app"],
+            "worker_name": name,
+            "worker_listeners": listeners,
+            "worker_log_config": process["log_config"],
+            **own,
+        }
+
+
+def _listener(path, names, x_forwarded):
+    # Who may enter a socket is decided by its directory, so the socket itself is open to all.
+    return {
+        "type": "http",
+        "path": path,
+        "mode": 0o666,
+        "x_forwarded": x_forwarded,
+        "resources": [{"names": list(names)}],
+    }
+
+
+def max_connections(processes, settings):
+    """
+    Return the ``max_connections`` that suffices for a number of processes.
+
+    It grows in doublings, so that a new worker seldom costs a restart of the database.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_workers.max_connections 17 '{"postgres": {"connections": {"max": 10}}}'
+    """
+    # 20 for the operator, backups and PostgreSQL's own reserve.
+    needed = processes * settings["postgres"]["connections"]["max"] + 20
+    allowed = 100
+    while allowed < needed:
+        allowed *= 2
+    return allowed
+
+
+def routing(processes, routes_data):
+    """
+    Return what nginx needs to send each request to a process that can answer it, as a dict of
+
+    ``upstreams``
+        A list, main's first. Each has ``name``, ``balance`` (``user``, ``room``, ``origin`` or None) and ``servers``, the
+        sockets of its processes.
+
+    ``routes``
+        A list in the order of precedence. Each has ``match``, a regular expression over ``METHOD:/raw/path``, and
+        ``upstream``, the name of one. What none of them matches is main's.
+
+    processes
+        Dicts with at least ``name``, ``type``, ``stream`` (or None) and ``public_socket`` (None: serves no requests).
+
+    routes_data
+        ``data/routes.yaml``.
+    """
+    main = next(process["public_socket"] for process in processes if process["type"] == "main")
+    upstreams = {MAIN_UPSTREAM: {"name": MAIN_UPSTREAM, "balance": None, "servers": [main]}}
+    found = []
+    for route in routes_data["routes"]:
+        upstream = _upstream(route, processes) or upstreams[MAIN_UPSTREAM]
+        upstreams.setdefault(upstream["name"], upstream)
+        methods = _methods(route.get("methods"))
+        found += [
+            {"match": f"^{methods}:{_regex(path, routes_data['names'])}$", "upstream": upstream["name"]}
+            for path in route["paths"]
+        ]
+    # Main is the default: a route to it is only of use where it keeps a later one from matching.
+    while found and found[-1]["upstream"] == MAIN_UPSTREAM:
+        found.pop()
+    return {"upstreams": list(upstreams.values()), "routes": found}
+
+
+def _upstream(route, processes):
+    """The upstream of those who own a route, None if that is main."""
+    for key, owner in [("stream", route.get("stream"))] + [("type", kind) for kind in route.get("workers", [])]:
+        servers = [p["public_socket"] for p in processes if owner and p[key] == owner and p["public_socket"]]
+        if servers:
+            # There is nothing to balance over one process, and one process should have one pool of connections.
+            balance = route.get("balance") if len(servers) > 1 else None
+            words = ["synapse", "stream" if key == "stream" else None, owner.replace("-", "_"), balance]
+            return {"name": "_".join(filter(None, words)), "balance": balance, "servers": servers}
+    return None
+
+
+def _methods(methods):
+    if not methods:
+        return "[A-Z]+"
+    return "(?:" + "|".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"]) + ")"
+
+
+def _regex(path, names):
+    """The regular expression of a path such as ``<client>/rooms/*/{join,leave}``; ``routes.yaml`` explains the signs."""
+    path = re.sub(r"<(\w+)>", lambda name: names[name[1]], path)
+    signs = {"**": ".*", "*": "[^/]*", "{": "(?:", ",": "|", "}": ")"}
+    return re.sub(r"\*\*|[^\w/-]", lambda sign: signs.get(sign[0], re.escape(sign[0])), path)
+
+
+def faults(settings, workers, roster):
+    """
+    Return the faults of the workers that the settings ask for, a sentence each.
+
+    The arguments are those of :func:`build`; every value alone is right.
+    """
+    entries = _located_entries(settings, workers)
+    found = [line for where, entry in entries for line in _entry_faults(where, entry, workers)]
+    found += _crowd_faults(entries, workers)
+    found += _roster_faults(settings, roster)
+    if found:
+        return found
+    planned = build(settings, workers, {"routes": [], "names": {}}, roster)
+    found += _socket_faults(planned, settings)
+    found += _connection_faults(planned, settings)
+    found += _config_faults(planned, settings, workers)
+    return found
+
+
+def _located_entries(settings, workers):
+    preset = settings["workers"]["preset"]
+    located = [(f"synapse:workers:preset ({preset})", entry) for entry in workers["presets"].get(preset, [])]
+    return located + [(f"synapse:workers:list:{i}", entry) for i, entry in enumerate(settings["workers"]["list"])]
+
+
+def _fault(*args, **kwargs):
+    return __salt__["synapse_pillar.fault"](*args, **kwargs)
+
+
+def _did_you_mean(*args):
+    return __salt__["synapse_pillar.did_you_mean"](*args)
+
+
+def _entry_faults(where, entry, workers):
+    if entry["type"] == "stream-writer" and "stream" not in entry:
+        yield f"{where}:stream: is missing: a stream-writer needs one of {', '.join(workers['streams'])}"
+    if entry["type"] != "stream-writer" and "stream" in entry:
+        yield _fault(f"{where}:stream", entry["stream"], f"only a stream-writer has a stream, not a {entry['type']}")
+    for key in PLANNED_SETTINGS:
+        if key in entry.get("config", {}):
+            yield _fault(f"{where}:config:{key}", entry["config"][key], "the formula sets it: leave it out")
+
+
+def _crowd_faults(entries, workers):
+    """More workers than there may be, of a type, of a stream, or in all."""
+    crowds = {}
+    for where, entry in entries:
+        stream = entry.get("stream")
+        most = workers["types"][entry["type"]].get("at_most")
+        kind = f"worker of the type {entry['type']}"
+        if stream and not workers["streams"][stream]["sharded"]:
+            most, kind = 1, f"writer of the stream {stream}"
+        if most is not None:
+            crowd = crowds.setdefault(kind, {"most": most, "count": 0})
+            crowd["count"] += entry.get("count", 1)
+            crowd["where"] = where
+    for kind, crowd in crowds.items():
+        if crowd["count"] > crowd["most"]:
+            yield _fault(crowd["where"], crowd["count"], f"Synapse allows at most {crowd['most']} {kind}")
+    total = sum(entry.get("count", 1) for _, entry in entries)
+    if total > MOST_WORKERS:
+        yield _fault("synapse:workers", total, f"at most {MOST_WORKERS} workers")
+
+
+def _roster_faults(settings, roster):
+    known = roster.get("server_name", settings["server_name"])
+    if known != settings["server_name"]:
+        yield _fault(
+            "synapse:server_name",
+            settings["server_name"],
+            f"this homeserver was made as {known}, and Synapse's server name can never change",
+        )
+
+
+def _socket_faults(planned, settings):
+    longest = max((process["private_socket"] for process in planned["processes"]), key=len)
+    if len(longest) > LONGEST_SOCKET_PATH:
+        yield _fault(
+            "synapse:directories:run",
+            settings["directories"]["run"],
+            f"the socket {longest} would have {len(longest)} bytes, at most {LONGEST_SOCKET_PATH} are allowed",
+        )
+
+
+def _connection_faults(planned, settings):
+    given = settings["postgres"]["options"].get("max_connections")
+    if given is not None and (not isinstance(given, int) or given < planned["max_connections"]):
+        yield _fault(
+            "synapse:postgres:options:max_connections",
+            given,
+            f"{len(planned['processes'])} processes need at least {planned['max_connections']}; leave it out to get that",
+        )
+
+
+# Synapse refuses a secret beside its _path, and the formula gives the path.
+SECRET_SETTINGS = {
+    "macaroon_secret_key": "synapse:secrets:macaroon",
+    "form_secret": "synapse:secrets:form",
+    "registration_shared_secret": "synapse:secrets:registration",
+    "worker_replication_secret": "synapse:secrets:replication",
+    "signing_key": "synapse:signing_key:current",
+    "signing_key_path": "synapse:signing_key:current",
+    "server_name": "synapse:server_name",
+    "app_service_config_files": "synapse:appservices",
+}
+
+
+def _config_faults(planned, settings, workers):
+    """What the operator's own homeserver.yaml settings would break; above all names that nobody bears."""
+    config = settings["config"]
+    for key in PLANNED_SETTINGS:
+        if key in config:
+            yield _fault(f"synapse:config:{key}", config[key], "the formula sets it: leave it out")
+    for key, path in SECRET_SETTINGS.items():
+        for name in (key, f"{key}_path"):
+            if name in config:
+                yield _fault(f"synapse:config:{name}", config[name], f"it belongs into {path}", secret=True)
+    borne = {process["name"] for process in planned["processes"]} | {MAIN_IN_STREAM_WRITERS, MAIN_IN_INSTANCE_MAP}
+    if isinstance(config.get("instance_map"), dict):
+        borne |= set(config["instance_map"])
+    used = [(key, config[key]) for key in workers["settings_with_names"] if config.get(key)]
+    writers = config.get("stream_writers")
+    if isinstance(writers, dict):
+        for stream, value in writers.items():
+            if stream not in workers["streams"]:
+                yield _fault(
+                    f"synapse:config:stream_writers:{stream}", value, _did_you_mean(stream, workers["streams"])
+                )
+        used += [(f"stream_writers:{stream}", value) for stream, value in writers.items()]
+    for key, value in used:
+        for name in value if isinstance(value, list) else [value]:
+            if name not in borne:
+                yield _fault(f"synapse:config:{key}", name, f"no process bears that name; {_did_you_mean(name, borne)}")
+
+
+def former_fault(pillar):
+    """
+    Return the fault of a pillar that carries the playbook's list of workers, as a list; ``[]`` for any other.
+
+    The fault says what to write instead.
+    """
+    if not isinstance(pillar, dict):
+        return []
+    if "matrix_synapse_workers_enabled_list" in pillar:
+        return [
+            _former_list_fault(
+                "synapse:matrix_synapse_workers_enabled_list", pillar["matrix_synapse_workers_enabled_list"]
+            )
+        ]
+    value = pillar.get("workers")
+    entries = value.get("list") if isinstance(value, dict) else value
+    if isinstance(entries, list) and any(_is_former(entry) for entry in entries):
+        return [_former_list_fault("synapse:workers" + ":list" * isinstance(value, dict), entries)]
+    return []
+
+
+FORMER_NAME = re.compile(r"matrix-synapse-worker[_-]([a-z_]+?)[_-]\d+")
+
+
+def _is_former(entry):
+    if isinstance(entry, str):
+        return bool(FORMER_NAME.fullmatch(entry))
+    return isinstance(entry, dict) and bool({"port", "metrics_port", "name", "webserving"} & set(entry))
+
+
+def _former_list_fault(where, entries):
+    known = __salt__["synapse_pillar.knowledge"]()["workers"]
+    return (
+        f"{where}: this is the playbook's list of workers, which has no place here: names and sockets follow from types"
+        f" alone. Write instead:\n{translate(entries, known)}"
+    )
+
+
+def translate(entries, workers):
+    """
+    Return the pillar text that means the same as the playbook's list of workers.
+
+    entries
+        A list of maps with ``type`` (and ``stream_writer_stream``), or of names like
+        ``matrix-synapse-worker_generic_worker-18111``.
+    """
+    counts = {}
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, str):
+            match = FORMER_NAME.fullmatch(entry)
+            entry = {"type": match[1]} if match else {}
+        if not isinstance(entry, dict):
+            continue
+        former, stream = entry.get("type"), entry.get("stream_writer_stream", entry.get("stream"))
+        kind = workers["former_types"].get(former, former) if isinstance(former, str) else None
+        if kind in workers["types"]:
+            stream = stream if isinstance(stream, str) and stream in workers["streams"] else None
+            key = (kind, stream or "STREAM") if kind == "stream-writer" else (kind, None)
+            counts[key] = counts.get(key, 0) + 1
+    lines = [
+        {"type": kind, **({"stream": stream} if stream else {}), **({"count": count} if count > 1 else {})}
+        for (kind, stream), count in counts.items()
+    ]
+    return salt.utils.yaml.safe_dump({"synapse": {"workers": {"list": lines}}}, sort_keys=False)
+
+
+def draw(planned):
+    """
+    Return a plan as a Mermaid flowchart (https://mermaid.js.org/syntax/flowchart.html): who talks to whom.
+
+    planned
+        What :func:`build` returns.
+    """
+    ids = {process["name"]: f"p{i}" for i, process in enumerate(planned["processes"])}
+    writers = {name for names in planned["shared"].get("stream_writers", {}).values() for name in names}
+    lines = ["flowchart LR", "  clients([clients and homeservers]) --> nginx[nginx]"]
+    for process in planned["processes"]:
+        lines.append(f'  {ids[process["name"]]}["{process["name"]}<br/>{process["about"]}"]')
+        if process["public_socket"]:
+            lines.append(f"  nginx --> {ids[process['name']]}")
+    lines += [f"  workers{{{{every worker}}}} -- replication --> {ids[name]}" for name in [MAIN, *sorted(writers)]]
+    lines.append("  p0 & workers -- pub/sub --> redis[(Redis)]")
+    lines.append("  p0 & workers --> postgres[(PostgreSQL)]")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,24 @@
+{#- The Docker engine, and the network that Synapse's containers share with bridges. -#}
+
+{%- from "synapse/map.jinja" import synapse with context %}
+{%- set network = synapse.docker.network %}
+
+{%- if synapse.docker.managed %}
+The Docker engine is installed:
+  pkg.installed:
+    - name: {{ synapse.docker.package | json }}
+
+The Docker engine is running:
+  service.running:
+    - name: docker
+    - enable: true
+    - require:
+      - pkg: The Docker engine is installed
+    - require_in:
+      - cmd: Synapse's Docker network exists
+{%- endif %}
+
+Synapse's Docker network exists:
+  cmd.run:
+    - name: docker network create --subnet {{ network.subnet }} {{ network.name }}
+    - unless: docker network inspect --format '{{ "{{range .IPAM.Config}}{{.Subnet}}{{end}}" }}' {{ network.name }} | grep --quiet --line-regexp --fixed-strings {{ network.subnet }}

@@ -1,0 +1,24 @@
+{#- A Matrix homeserver: Synapse's main process and its workers, PostgreSQL, Redis and nginx, as the pillar says. -#}
+
+{%- if "synapse_workers.validate" not in salt %}
+The formula's modules are on the minion:
+  test.fail_without_changes:
+    - comment: "Run `salt-call saltutil.sync_all` first: Salt does not sync a formula's modules by itself before state.apply."
+{%- else %}
+{%- set faults = salt["synapse_workers.outdated_modules"]() or salt["synapse_workers.validate"]() %}
+{%- if faults %}
+The pillar is right:
+  test.fail_without_changes:
+    - comment: {{ faults | join("\n") | json }}
+{%- else %}
+include:
+  - synapse.docker
+  - synapse.image
+  - synapse.postgres
+  - synapse.redis
+  - synapse.appservice
+  - synapse.config
+  - synapse.process
+  - synapse.nginx
+{%- endif %}
+{%- endif %}

@@ -1,0 +1,15 @@
+{#- Undoes synapse.nginx, except the package. -#}
+
+{%- for path in ("/etc/nginx/conf.d/matrix-synapse.conf", "/etc/systemd/system/nginx.service.d/matrix-synapse.conf") %}
+
+{{ path }} is gone:
+  file.absent:
+    - name: {{ path }}
+    - onchanges_in:
+      - cmd: nginx runs without Synapse
+{%- endfor %}
+
+nginx runs without Synapse:
+  cmd.run:
+    - name: systemctl daemon-reload && systemctl reload-or-restart nginx
+    - onlyif: systemctl is-active --quiet nginx

@@ -1,0 +1,78 @@
+{#- nginx in front of Synapse: sends every request to a process that can answer it. -#}
+
+{%- from "synapse/map.jinja" import synapse with context %}
+
+{%- if synapse.nginx.managed %}
+{%- set context = salt["synapse_nginx.context"]() %}
+{%- set file = "/etc/nginx/conf.d/matrix-synapse.conf" %}
+
+include:
+  - synapse.config
+  - synapse.process
+
+nginx is installed:
+  pkg.installed:
+    - name: {{ synapse.nginx.package | json }}
+    - require_in:
+      - cmd: The directories of Synapse's sockets exist
+
+{#- nginx listens for bridges on the gateway of their Docker network. #}
+nginx starts after Docker:
+  file.managed:
+    - name: /etc/systemd/system/nginx.service.d/matrix-synapse.conf
+    - contents: |
+        # Written by synapse-formula.
+        [Unit]
+        Wants=docker.service
+        After=docker.service
+    - mode: "0644"
+    - makedirs: true
+
+nginx is configured for Synapse:
+  file.managed:
+    - name: {{ file }}
+    - source: salt://synapse/nginx/files/matrix-synapse.conf.jinja
+    - template: jinja
+    - context: {{ context | json }}
+    - mode: "0644"
+    - makedirs: true
+    {#- nginx itself accepts the whole of its configuration, with the candidate in it, before that replaces a good one. #}
+    - tmp_ext: .conf
+    - check_cmd: /usr/local/lib/matrix-synapse/check-nginx {{ file }}
+    - require:
+      - pkg: nginx is installed
+      - file: The check of nginx's configuration is in place
+      - cmd: Synapse's Docker network exists
+      - cmd: The directories of Synapse's sockets exist
+      - synapse_process: Synapse's processes are running
+
+{#- The running nginx is asked which configuration it has: so a run that was cut off is put right by the next. #}
+nginx runs with this configuration:
+  cmd.run:
+    - name: systemctl daemon-reload && systemctl reload-or-restart nginx
+    - unless: test "$(curl --silent --unix-socket {{ context.nginx.status_socket }} http://localhost/config)" = {{ context.digest }}
+    - require:
+      - file: nginx is configured for Synapse
+      - file: nginx starts after Docker
+
+nginx starts at boot:
+  service.enabled:
+    - name: nginx
+    - require:
+      - pkg: nginx is installed
+
+The check of nginx's configuration is in place:
+  file.managed:
+    - name: /usr/local/lib/matrix-synapse/check-nginx
+    - source: salt://synapse/nginx/files/check-nginx.sh
+    - mode: "0755"
+    - makedirs: true
+{%- endif %}
+
+Nothing is left of removed workers:
+  synapse_process.pruned:
+    - require:
+      - synapse_process: Synapse's processes are running
+      {%- if synapse.nginx.managed %}
+      - cmd: nginx runs with this configuration
+      {%- endif %}

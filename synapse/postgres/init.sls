@@ -1,0 +1,67 @@
+{#- PostgreSQL from the distribution's packages, with Synapse's role and database.
+
+    The SQL steps are cmd.run and not postgres_user and postgres_database: those states don't load before psql is
+    installed, and so can't say under test=True what a first run would do. -#}
+
+{%- from "synapse/map.jinja" import synapse with context %}
+{%- set postgres = synapse.postgres %}
+
+{%- if postgres.managed %}
+{%- set version = salt["synapse_postgres.version"]() %}
+{%- set options = salt["synapse_postgres.options"]() %}
+{%- set digest = options | json | sha256 %}
+{%- set user = synapse.user.name %}
+{%- set service = "postgresql@" ~ version ~ "-main" %}
+{%- set psql = "runuser --user postgres -- psql --cluster " ~ version ~ "/main --no-psqlrc --tuples-only --no-align --command " %}
+
+include:
+  - synapse.config
+
+PostgreSQL is installed:
+  pkg.installed:
+    - name: postgresql-{{ version }}
+
+PostgreSQL is configured for Synapse:
+  file.managed:
+    - name: /etc/postgresql/{{ version }}/main/conf.d/matrix-synapse.conf
+    - source: salt://synapse/postgres/files/postgresql.conf.jinja
+    - template: jinja
+    - context: {{ {"options": options, "digest": digest} | json }}
+    - user: postgres
+    - group: postgres
+    - mode: "0644"
+    - makedirs: true
+    - require:
+      - pkg: PostgreSQL is installed
+
+{#- The running server is asked which configuration it has: so a run that was cut off is put right by the next. #}
+PostgreSQL runs with this configuration:
+  cmd.run:
+    - name: systemctl $({{ psql }} "select case when exists (select from pg_file_settings where not applied) then 'restart' else 'reload-or-restart' end" || echo restart) {{ service }}
+    - unless: {{ psql }} "select current_setting('synapse_formula.digest', true) || (exists (select from pg_settings where pending_restart))" | grep --quiet --line-regexp {{ digest }}false
+    - require:
+      - file: PostgreSQL is configured for Synapse
+
+PostgreSQL starts at boot:
+  service.enabled:
+    - name: {{ service }}
+    - require:
+      - pkg: PostgreSQL is installed
+
+Synapse's database role exists:
+  cmd.run:
+    - name: runuser --user postgres -- createuser --cluster {{ version }}/main {{ user }}
+    - unless: {{ psql }} "select rolname from pg_roles" | grep --quiet --line-regexp {{ user }}
+    - require:
+      - cmd: PostgreSQL runs with this configuration
+      - user: Synapse's user exists
+
+Synapse's database exists:
+  cmd.run:
+    - name: runuser --user postgres -- createdb --cluster {{ version }}/main --owner {{ user }} --encoding UTF8 --locale C --template template0 {{ postgres.database }}
+    - unless: {{ psql }} "select datname from pg_database" | grep --quiet --line-regexp {{ postgres.database }}
+    - require:
+      - cmd: Synapse's database role exists
+    - require_in:
+      - synapse_process: Synapse's processes are running
+{%- endif %}

@@ -1,0 +1,11 @@
+{#- Undoes synapse.process. -#}
+
+Synapse's processes are gone:
+  synapse_process.pruned:
+    - keep: []
+
+The units' helper is gone:
+  file.absent:
+    - name: /usr/local/lib/matrix-synapse
+    - require:
+      - synapse_process: Synapse's processes are gone
