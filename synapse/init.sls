@@ -8,8 +8,8 @@ The formula's modules are on the minion:
 {%- set faults = salt["synapse_workers.outdated_modules"]() or salt["synapse_workers.validate"]() %}
 {%- if faults %}
 The pillar is right:
-  test.fail_without_changes:
-    - comment: {{ faults | join("\n") | json }}
+  synapse_pillar.right:
+    - faults: {{ faults | json }}
 {%- else %}
 include:
   - synapse.docker
