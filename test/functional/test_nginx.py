@@ -4,7 +4,7 @@ answer every request with their own name and what they were sent.
 """
 
 import collections
-import hashlib
+import contextlib
 import http.client
 import http.server
 import importlib.util
@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
+DIGEST = "0123456789abcdef"
 ROUTES = yaml.safe_load((ROOT / "synapse/data/routes.yaml").read_text())
 STREAMS = yaml.safe_load((ROOT / "synapse/data/workers.yaml").read_text())["streams"]
 
@@ -376,10 +377,8 @@ class Process(socketserver.ThreadingUnixStreamServer):
         self.shutdown()
         self.server_close()
         for connection in self.connections:
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def start_again(self):
         self.path.unlink()
@@ -420,21 +419,25 @@ class Nginx:
             "well_known": {"client": None, "server": None},
             "status_socket": str(directory / "status.sock"),
             "log_directory": str(directory),
+            "internal": None,
             **settings,
         }
-        self.plan = synapse_workers().routes(planned, ROUTES)
+        self.plan = synapse_workers().routing(planned, ROUTES)
         self.config = render(self.plan, self.settings)
         (directory / "matrix-synapse.conf").write_text(self.config)
         (directory / "nginx.conf").write_text(
             ("user root root;" if os.geteuid() == 0 else "")
             + f"pid {directory}/pid; worker_processes 2; events {{}} http {{ include {directory}/matrix-synapse.conf;"
-            + "".join(f"{it}_temp_path {directory}/{it};" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+            + "".join(
+                f"{it}_temp_path {directory}/{it};" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            )
             + "}"
         )
 
     def run(self, *arguments):
-        command = ["nginx", "-p", self.directory, "-c", self.directory / "nginx.conf", "-e", self.directory / "start.log"]
-        return subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+        at = self.directory
+        command = ["nginx", "-p", at, "-c", at / "nginx.conf", "-e", at / "start.log", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True)
 
     def __enter__(self):
         self.run()
@@ -479,14 +482,13 @@ def synapse_workers():
 
 def render(plan, settings, version=None):
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT), undefined=jinja2.StrictUndefined)
-    environment.filters["sha256"] = lambda text: hashlib.sha256(text.encode()).hexdigest()
     template = environment.get_template("synapse/nginx/files/matrix-synapse.conf.jinja")
 
     def run_stderr(command, ignore_retcode):
         assert ignore_retcode
         return version or subprocess.run(command.split(), capture_output=True, text=True, check=False).stderr
 
-    return template.render(plan=plan, nginx=settings, salt={"cmd.run_stderr": run_stderr})
+    return template.render(plan=plan, nginx=settings, digest=DIGEST, salt={"cmd.run_stderr": run_stderr})
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +501,7 @@ def nginx(directory):
     """A layout in which everything can be balanced."""
     kinds = ["generic"] * 3 + ["typing", "receipts", "receipts", "media-repository"]
     well_known = {
-        "client": {"m.homeserver": {"base_url": "https://matrix.example.org"}, "org.example": "it's $5 \\ \"é\" </x>"},
+        "client": {"m.homeserver": {"base_url": "https://matrix.example.org"}, "odd": """it's $5 \\ "é" </x>"""},
         "server": {"m.server": "matrix.example.org:443"},
     }
     with Nginx(directory / "shared", kinds, well_known=well_known) as running:
@@ -626,7 +628,13 @@ def test_the_admin_api_is_for_the_allowed_addresses_alone(nginx, uri):
 
 
 def test_a_room_stays_with_one_process_however_its_id_is_written(nginx):
-    forms = ["!abc:example.org", "%21abc:example.org", "!abc%3Aexample.org", "%21abc%3aexample.org", "!%61bc:example.org"]
+    forms = [
+        "!abc:example.org",
+        "%21abc:example.org",
+        "!abc%3Aexample.org",
+        "%21abc%3aexample.org",
+        "!%61bc:example.org",
+    ]
     uris = [f"/_matrix/client/v3/rooms/{form}/{end}" for form in forms for end in ("messages", "send/m.x/1", "state")]
     uris += [f"/_matrix/federation/v1/state/{form}" for form in forms]
     uris += [f"/_matrix/client/v3/join/{form}" for form in forms]
@@ -661,7 +669,9 @@ def test_an_origin_stays_with_one_process_and_origins_are_spread(nginx):
         authorization = f'X-Matrix destination="example.org",key="ed25519:1",origin={origin},sig="c2ln"'
         return nginx.who("PUT", f"/_matrix/federation/v1/send/{transaction}", {"Authorization": authorization})
 
-    found = {i: {who(f'"s{i}.org"', transaction) for transaction in range(3)} | {who(f"s{i}.org", 4)} for i in range(30)}
+    found = {
+        i: {who(f'"s{i}.org"', transaction) for transaction in range(3)} | {who(f"s{i}.org", 4)} for i in range(30)
+    }
     assert {len(processes) for processes in found.values()} == {1}
     assert len({min(processes) for processes in found.values()}) == 3
 
@@ -743,9 +753,18 @@ def test_nginx_tells_the_digest_of_the_configuration_it_runs(nginx):
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.connect(nginx.settings["status_socket"])
     connection.request("GET", "/config")
-    digest = connection.getresponse().read().decode()
-    assert digest == hashlib.sha256(nginx.config.partition("\n\n# What nginx runs")[0].encode()).hexdigest()
-    assert digest not in render(nginx.plan, {**nginx.settings, "max_upload_size": "21M"})
+    assert connection.getresponse().read().decode() == DIGEST
+
+
+def test_containers_find_the_client_api_on_the_internal_address_once(directory):
+    internal = f"127.0.0.2:{free_port()}"
+    listens = {"listen": [internal], "tls": None}
+    with Nginx(directory / "internal", [], internal=internal) as nginx:
+        assert nginx.config.count(f"listen {internal};") == 1
+        connection = http.client.HTTPConnection(internal)
+        connection.request("GET", "/_matrix/client/versions")
+        assert connection.getresponse().getheader("X-Process") == "main.1"
+    assert render(nginx.plan, {**nginx.settings, "client": listens}).count(f"listen {internal};") == 1
 
 
 def test_tls_speaks_http_1_1_and_http_2_and_nothing_older_than_1_2(directory):
@@ -768,14 +787,23 @@ def test_tls_speaks_http_1_1_and_http_2_and_nothing_older_than_1_2(directory):
         context.set_alpn_protocols(["h2"])
         with socket.create_connection(("127.0.0.1", port)) as plain, context.wrap_socket(plain) as secure:
             assert secure.selected_alpn_protocol() == "h2"
-        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port)) as plain:
-            context.wrap_socket(plain)
+        offered = subprocess.run(
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0"],
+            input="",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "protocol version" in offered.stderr
 
 
 @pytest.mark.parametrize(
     ("version", "listen", "directive"),
-    [("nginx/1.22.1", "ssl http2;", False), ("nginx/1.24.0 (Ubuntu)", "ssl http2;", False), ("nginx/1.26.3", "ssl;", True)],
+    [
+        ("nginx/1.22.1", "ssl http2;", False),
+        ("nginx/1.24.0 (Ubuntu)", "ssl http2;", False),
+        ("nginx/1.26.3", "ssl;", True),
+    ],
 )
 def test_http_2_is_switched_on_as_this_nginx_wants_it(nginx, version, listen, directive):
     tls = {"listen": ["0.0.0.0:443"], "tls": {"certificate": "/c", "key": "/k"}}
