@@ -152,6 +152,10 @@ def homeserver(appservice=None):
         The address of the client API: ``host`` for a program on the host, ``container`` for one in a
         container. Without the formula's nginx both are ``synapse:public_base_url``.
 
+    ``host_address``
+        The address of the host as the homeserver sees it, for the ``url`` of an appservice that runs on the
+        host.
+
     ``unit``
         The systemd unit to want, and to be ``After=``.
 
@@ -189,6 +193,7 @@ def homeserver(appservice=None):
     about = {
         "server_name": settings["server_name"],
         "url": url or {"host": settings["public_base_url"], "container": settings["public_base_url"]},
+        "host_address": _gateway(settings),
         "unit": MAIN_UNIT,
         "after": [f"{process['name']}.service" for process in _processes(settings)],
         "arguments": [f"--network={settings['docker']['network']['name']}"],
@@ -482,11 +487,15 @@ def _addresses(settings):
         return {}
     client = settings["nginx"]["client"]
     address, port = __salt__["synapse_pillar.listen_address"](client["listen"][0])
-    gateway = next(ipaddress.IPv4Network(settings["docker"]["network"]["subnet"]).hosts())
     if client["tls"]:
-        return dict.fromkeys(("host", "container"), f"{gateway}:{PLAIN_PORT}")
+        return dict.fromkeys(("host", "container"), f"{_gateway(settings)}:{PLAIN_PORT}")
     host = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(address, address)
-    return {"host": f"{host}:{port}", "container": f"{gateway}:{port}"}
+    return {"host": f"{host}:{port}", "container": f"{_gateway(settings)}:{port}"}
+
+
+def _gateway(settings):
+    """The host in the Docker network."""
+    return str(next(ipaddress.IPv4Network(settings["docker"]["network"]["subnet"]).hosts()))
 
 
 # What is kept on the minion

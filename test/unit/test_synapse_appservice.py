@@ -488,6 +488,7 @@ def test_the_homeserver_is_told_without_saying_which_it_is(minion):
     assert about == {
         "server_name": "example.org",
         "url": {"host": "http://127.0.0.1:8008", "container": "http://172.29.88.1:8008"},
+        "host_address": "172.29.88.1",
         "unit": "matrix-synapse.service",
         "after": ["matrix-synapse.service", "matrix-synapse-worker-0-pusher.service", "nginx.service"],
         "arguments": ["--network=matrix-synapse"],
@@ -582,3 +583,20 @@ def test_no_pillar_makes_it_crash_and_what_has_no_fault_can_be_used(minion, apps
     if not found:
         minion.new_run(test=True).synapse_appservice.ensure_tokens(test=True)
         json.dumps(minion.synapse_appservice.registrations())
+
+
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=registrations)
+def test_synapse_loads_what_has_no_fault(minion, tmp_path, changes):
+    appservice = pytest.importorskip("synapse.config.appservice", reason="needs matrix-synapse")
+    minion.pillar["appservices"] = {"a": an_entry(**changes)}
+    minion.new_run()
+    if minion.synapse_pillar.faults() or minion.synapse_appservice.faults():
+        return
+    minion.synapse_appservice.ensure_tokens()
+    (item,) = minion.synapse_appservice.registrations()
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(item["registration"]))
+    (loaded,) = appservice.load_appservices("example.org", [str(path)])
+    assert loaded.id == "a"
+    assert loaded.token == item["registration"]["as_token"]
