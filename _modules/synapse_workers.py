@@ -288,8 +288,8 @@ def _main(settings, workers):
 
 
 def _worker(index, entry, settings, workers):
-    kind = workers["types"][entry["type"]]
     stream = entry["stream"]
+    kind = {**workers["types"][entry["type"]], **(workers["streams"][stream] if stream else {})}
     name = f"{WORKER_PREFIX}{index}-{entry['type']}"
     if stream:
         name += "-" + stream.replace("_", "-")
@@ -319,6 +319,10 @@ def _shared(processes, settings, workers):
             shared.setdefault(kind["named_in"], process["name"])
         if process["stream"]:
             writers.setdefault(process["stream"], []).append(process["name"])
+    for stream, traits in workers["streams"].items():
+        others = [process["name"] for process in processes if process["type"] == traits.get("else_written_by")]
+        if others and stream not in writers:
+            writers[stream] = others
     proxies = settings["config"].get("outbound_federation_restricted_to", [])
     called = [MAIN, *(name for names in writers.values() for name in names), *proxies]
     shared["stream_writers"] = writers
@@ -379,6 +383,7 @@ def _listener(path, names, x_forwarded):
         "path": path,
         "mode": 0o666,
         "x_forwarded": x_forwarded,
+        "request_id_header": "X-Request-ID",
         "resources": [{"names": list(names)}],
     }
 

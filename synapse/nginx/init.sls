@@ -25,6 +25,9 @@ nginx starts after Docker:
         [Unit]
         Wants=docker.service
         After=docker.service
+        [Service]
+        # A socket that a crash left behind would keep nginx from starting.
+        ExecStartPre=-/usr/bin/rm --force {{ context.nginx.status_socket }}
     - mode: "0644"
     - makedirs: true
 
