@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo demo-down test lint format test-unit test-functional test-e2e bench clean
 
 help:  ## Show what there is
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Install what the other targets need
 	@test/host/setup.sh
@@ -40,7 +40,7 @@ test-functional: setup  ## Run the tests of Salt modules, states and templates
 	$(call pytest,test/functional)
 
 test-e2e: setup  ## Apply the formula in disposable hosts and use the homeserver
-	$(call pytest,test/e2e)
+	$(call pytest,test/host test/e2e)
 
 bench: setup  ## Run all benchmarks
 	$(PYTHON) test/bench/bench.py

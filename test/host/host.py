@@ -24,6 +24,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -35,7 +37,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 IMAGES = HERE / "images"
+ROOTFS = HERE / "rootfs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "synapse-formula"
+OUR_ENGINE = f"unix://{CACHE}/engine/docker.sock"
+BRIDGE_ADDRESS = "172.31.253.1/24"
 LABEL = "synapse-formula"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -99,10 +104,9 @@ def docker(*argv, check=True, **kwargs):
 def engine():
     """Return the DOCKER_HOST of an engine that answers, starting one where there is none."""
     if not engine.address:
-        ours = f"unix://{CACHE}/engine/docker.sock"
-        candidates = [os.environ.get("DOCKER_HOST"), "unix:///var/run/docker.sock", ours]
+        candidates = [os.environ.get("DOCKER_HOST"), "unix:///var/run/docker.sock", OUR_ENGINE]
         with locked("engine"):
-            engine.address = next(filter(_answers, candidates), None) or _start_engine(ours)
+            engine.address = next(filter(_answers, candidates), None) or _start_engine()
     return engine.address
 
 
@@ -114,15 +118,15 @@ def _answers(address):
     return bool(address) and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _start_engine(address):
+def _start_engine():
     home = CACHE / "engine"
     home.mkdir(parents=True, exist_ok=True)
     for pid_file in [home / "docker.pid", *home.glob("exec/**/*.pid")]:
         pid_file.unlink(missing_ok=True)  # of an earlier boot: the number may be somebody else's now
     progress("starting a Docker engine")
-    command = ["dockerd", "--host", address, "--pidfile", home / "docker.pid", "--group", "root"]
+    command = ["dockerd", "--host", OUR_ENGINE, "--pidfile", home / "docker.pid", "--group", "root"]
     command += ["--data-root", home / "data", "--exec-root", home / "exec"]
-    command += ["--mtu", str(_mtu()), "--log-level", "warn"]
+    command += ["--bridge", _bridge(), "--mtu", str(_mtu()), "--log-level", "warn"]
     with open(home / "dockerd.log", "w") as log:
         daemon = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
@@ -131,10 +135,22 @@ def _start_engine(address):
     def up():
         if daemon.poll() is not None:
             raise HostError(f"dockerd: exit {daemon.returncode}\n{(home / 'dockerd.log').read_text()}")
-        return _answers(address)
+        return _answers(OUR_ENGINE)
 
     wait_until(up, 60, f"the Docker engine, see {home}/dockerd.log")
-    return address
+    return OUR_ENGINE
+
+
+def _bridge():
+    """Return the engine's network bridge: one of its own, as any other dockerd may remove docker0."""
+    if not Path("/sys/class/net", LABEL).exists():
+        for command in (
+            f"ip link add {LABEL} mtu {_mtu()} type bridge",
+            f"ip address add {BRIDGE_ADDRESS} dev {LABEL}",
+            f"ip link set {LABEL} up",
+        ):
+            subprocess.run(command.split(), check=True)
+    return LABEL
 
 
 def _mtu():
@@ -205,30 +221,28 @@ def pip_conf(cert):
 # --- Images ---------------------------------------------------------------------------------------
 
 
-def digest(image):
-    """Return twelve hex digits that change with anything the image is made from."""
-    inputs = [IMAGES / "bootstrap", *sorted((IMAGES / image).rglob("*"))]
+def digest(*inputs):
+    """Return twelve hex digits that change with any of the files, in directories or not."""
+    files = [file for path in inputs for file in sorted([path, *path.rglob("*")]) if file.is_file()]
     total = hashlib.sha256()
-    for path in filter(Path.is_file, inputs):
-        total.update(f"{path.relative_to(IMAGES)} {path.stat().st_mode:o}\0".encode())
-        total.update(path.read_bytes())
+    for file in files:
+        total.update(f"{file.relative_to(HERE)} {file.stat().st_mode & 0o111:o}\0".encode())
+        total.update(file.read_bytes())
     return total.hexdigest()[:12]
 
 
 def host_image():
     """Return the host image's tag, having built it where the engine has none."""
-    tag = f"synapse-formula-host:{digest('host')}"
+    tag = f"synapse-formula-host:{digest(IMAGES / 'bootstrap', IMAGES / 'host')}"
     with locked("host-image"):
         if docker("image", "inspect", tag, check=False).returncode:
-            changes = ['ENTRYPOINT ["/usr/local/sbin/host-init"]', f"ENV PATH={PATH}"]
-            changes += ["ENV container=docker", "ENV LANG=C.UTF-8"]
-            _build("host", tag, changes)
+            _build("host", tag, [f"ENV PATH={PATH}", "ENV container=docker", "ENV LANG=C.UTF-8"])
     return tag
 
 
 def synapse_image():
     """Return the file of the Synapse image, having pulled or built it where there is none."""
-    file = CACHE / "images" / f"synapse-{digest('synapse')}.tar"
+    file = CACHE / "images" / f"synapse-{digest(IMAGES / 'bootstrap', IMAGES / 'synapse')}.tar"
     with locked("synapse-image"):
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
@@ -332,19 +346,21 @@ class Host:
         arguments = [
             *("--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
             *PRIVILEGES,
-            *("--stop-signal", "SIGRTMIN+3", "--stop-timeout", "30"),
+            *("--stop-signal", "SIGRTMIN+3", "--stop-timeout", "120"),
             *("--tmpfs", "/run:exec", "--tmpfs", "/tmp:exec"),
             *("--volume", f"{host.volume}:/var/lib/docker"),
             *("--volume", f"{ROOT}:/srv/formula:ro"),
             *("--volume", f"{CACHE / 'images'}:/srv/images:ro"),
             *(word for port in ports for word in ("--publish", port)),
+            *("--entrypoint", "/usr/local/sbin/host-init"),
             image,
         ]
-        recipe = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:12]
-        if host._label("recipe") != recipe:
+        recipe = f"{digest(ROOTFS)} {shlex.join(arguments)}"
+        if host._inspect(f'{{{{index .Config.Labels "{LABEL}.recipe"}}}}') != recipe:
             host.down()
             docker("volume", "create", "--label", f"{LABEL}={name}", host.volume)
             docker("create", "--label", f"{LABEL}.recipe={recipe}", *arguments)
+        if host._inspect("{{.State.Running}}") != "true":
             host._hand_over()
         host._start()
         if image_file:
@@ -384,9 +400,10 @@ class Host:
         return self.run("bash", "-euo", "pipefail", "-c", script, **kwargs)
 
     def salt(self, fun, *args, pillar=None, timeout=1800, **kwargs):
-        """Return what ``salt-call FUN ARGS...`` returns; it fails where Salt could not carry it out.
+        """Return what ``salt-call FUN ARGS...`` returns.
 
-        That a state failed is for the caller to see in what is returned.
+        Where Salt could not carry it out, as when an SLS does not render, this raises a HostError
+        with all that Salt said. That a state failed is for the caller to see in what is returned.
         """
         if pillar is not None:
             kwargs["pillar"] = pillar
@@ -396,10 +413,10 @@ class Host:
         done = self.run(*command, check=False, timeout=timeout)
         try:
             result = json.loads(done.stdout)["local"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError):
             result = None
-        rendered = isinstance(result, dict) or not fun.startswith("state.")
-        if done.returncode or not rendered:
+        refused = isinstance(result, str) and done.returncode
+        if result is None or refused or (fun.startswith("state.") and not isinstance(result, dict)):
             raise HostError(f"{self.name}: {fun}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return result
 
@@ -410,12 +427,18 @@ class Host:
     def read(self, path):
         return self.run("cat", path).stdout
 
-    def _label(self, name):
-        label = f'{{{{index .Config.Labels "{LABEL}.{name}"}}}}'
-        return docker("container", "inspect", "--format", label, self.name, check=False).stdout.strip()
+    @property
+    def address(self):
+        """The host's IP address, to be reached from this machine and from other hosts."""
+        return self._inspect("{{.NetworkSettings.IPAddress}}")
+
+    def _inspect(self, template):
+        """Return what docker says of the container; nothing if there is none."""
+        return docker("container", "inspect", "--format", template, self.name, check=False).stdout.strip()
 
     def _hand_over(self):
-        """Give the host what it needs to reach package mirrors as this machine does."""
+        """Put in place what the image leaves open, and what reaches package mirrors from here."""
+        docker("cp", f"{ROOTFS}/.", f"{self.name}:/")
         bundle = "/etc/ssl/certs/ca-certificates.crt"
         files = {
             bundle: ca_bundle().read_bytes(),
@@ -434,7 +457,13 @@ class Host:
         docker("start", self.name)
         ready = "systemctl is-system-running --wait | grep -qE '^(running|degraded)$'"
         ready += " && systemctl is-active --quiet docker"
-        wait_until(lambda: not self.sh(ready, check=False).returncode, 120, f"{self.name} boots")
+
+        def booted():
+            if self._inspect("{{.State.Running}}") != "true":
+                raise HostError(f"{self.name} stopped while it booted\n{docker('logs', self.name).stdout}")
+            return self.sh(ready, check=False).returncode == 0
+
+        wait_until(booted, 120, f"{self.name} boots")
 
     def _load(self, file):
         if self.run("docker", "image", "inspect", SYNAPSE_IMAGE, check=False).returncode:
@@ -446,6 +475,20 @@ def _salt_word(value):
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value)
     constants = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n"}
     return value if plain and value.lower() not in constants else json.dumps(value)
+
+
+def clean():
+    """Remove every host, and all that was made for hosts."""
+    hosts = docker("ps", "--all", "--filter", f"label={LABEL}", "--format", "{{.Names}}").stdout
+    for name in hosts.split():
+        Host(name).down()
+    tags = docker("images", "--format", "{{.Repository}}:{{.Tag}}", "synapse-formula-host").stdout
+    docker("image", "rm", "--force", SYNAPSE_IMAGE, *tags.split(), check=False)
+    if engine() == OUR_ENGINE:
+        pid = int((CACHE / "engine/docker.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), 30, "the Docker engine ends")
+    shutil.rmtree(CACHE)
 
 
 # --- By hand --------------------------------------------------------------------------------------
@@ -463,6 +506,7 @@ def main():
     run = commands.add_parser("exec", help="run a command in it")
     run.add_argument("argv", nargs=argparse.REMAINDER)
     commands.add_parser("build", help="make the engine and the images")
+    commands.add_parser("clean", help="remove all hosts, the images and the engine")
     commands.add_parser("env", help="print the DOCKER_HOST that the hosts run on")
     options = parser.parse_args()
 
@@ -472,6 +516,8 @@ def main():
         progress(f"{options.name} is up")
     elif options.command == "build":
         build()
+    elif options.command == "clean":
+        clean()
     elif options.command == "env":
         print(f"export DOCKER_HOST={engine()}")
     elif options.command in ("shell", "exec"):

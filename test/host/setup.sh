@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 progress() { printf '[%6d s] %s\n' "$SECONDS" "$*" >&2; }
 
 install_packages() {
-    local wanted=(curl debootstrap docker.io iptables mmdebstrap python3-venv shellcheck zstd) missing=() package
+    local wanted=(curl debootstrap docker.io iproute2 iptables mmdebstrap python3-venv shellcheck zstd) missing=() package
     # Debian 13 has the client in a package of its own.
     grep -q '^VERSION_ID="12"' /etc/os-release || wanted+=(docker-cli)
     for package in "${wanted[@]}"; do
