@@ -1,0 +1,70 @@
+"""One disposable host for all end-to-end tests, with the formula applied."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
+
+from deployment import Deployment
+from host import Host
+
+# Small, but with every kind of process: one that serves clients, a sharded stream, an unsharded one, one that serves
+# nobody, one that is named in a setting, and the media repository.
+PILLAR = {
+    "server_name": "example.org",
+    "workers": {
+        "list": [
+            {"type": "generic", "count": 2},
+            {"type": "stream-writer", "stream": "typing"},
+            {"type": "stream-writer", "stream": "events", "count": 2},
+            {"type": "federation-sender"},
+            {"type": "background"},
+            {"type": "media-repository", "memory": "700M", "cpus": 1.5, "arguments": ["--ulimit=nofile=65536"]},
+        ]
+    },
+    "process": {"stop_grace": 10, "health_interval": 2},
+    "nginx": {"client": {"listen": ["8008"]}, "federation": {"listen": ["8448"]}},
+    # Each test registers users of its own.
+    "config": {
+        "enable_registration": True,
+        "enable_registration_without_verification": True,
+        "rc_registration": {"per_second": 1000, "burst_count": 1000},
+        "rc_login": {"address": {"per_second": 1000, "burst_count": 1000}},
+        "rc_message": {"per_second": 1000, "burst_count": 1000},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def host():
+    """A host of the tests' own. KEEP_HOST=1 leaves it running, and takes it as it is the next time."""
+    host = Host.up("synapse-e2e")
+    yield host
+    if not os.environ.get("KEEP_HOST"):
+        host.down()
+
+
+@pytest.fixture(scope="session")
+def first_runs(host):
+    """The very first run under test=True, and the real one after it: what each said of every state."""
+    deployment = Deployment(host, copy.deepcopy(PILLAR))
+    host.salt("saltutil.sync_all")
+    return {"test": deployment.apply(test=True), "real": deployment.apply(), "deployment": deployment}
+
+
+@pytest.fixture(scope="session")
+def deployment(first_runs):
+    return first_runs["deployment"]
+
+
+@pytest.fixture
+def deployed(deployment):
+    """The deployment as the pillar above has it, before the test and after it."""
+    yield deployment
+    if deployment.pillar != PILLAR:
+        deployment.pillar = copy.deepcopy(PILLAR)
+        deployment.apply()

@@ -1,0 +1,149 @@
+"""The formula in a host, and the homeserver that it makes: what the end-to-end tests ask of both."""
+
+import json
+import secrets
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+MAIN = "matrix-synapse"
+
+
+def until(condition, what, seconds=60):
+    """Return the first true value of ``condition()``; it fails after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+    return value
+
+
+class Deployment:
+    """The formula, applied in a host with a pillar that tests may change: ``pillar`` is the mapping below ``synapse``."""
+
+    def __init__(self, host, pillar):
+        self.host, self.pillar = host, pillar
+        host.write("/srv/pillar/top.sls", "base:\n  '*':\n    - synapse\n")
+
+    def apply(self, sls="synapse", check=True, **kwargs):
+        """Apply a state; return ``{state id: changes}`` of those with changes. With ``check``, all states succeed."""
+        self.write_pillar()
+        states = self.host.salt("state.apply", sls, **kwargs).values()
+        failed = [f"{state['__id__']}: {state['comment']}" for state in states if state["result"] is False]
+        assert not (check and failed), "\n".join(failed)
+        return {state["__id__"]: state["changes"] for state in states if state["changes"]}
+
+    def refused(self, sls="synapse", **kwargs):
+        """Apply a state that fails; return the comments of the states that failed."""
+        self.write_pillar()
+        states = self.host.salt("state.apply", sls, **kwargs).values()
+        failed = [state["comment"] for state in states if state["result"] is False]
+        assert failed, "nothing failed"
+        return "\n".join(failed)
+
+    def write_pillar(self):
+        self.host.write("/srv/pillar/synapse.sls", json.dumps({"synapse": self.pillar}), mode="0600")
+
+    def names(self):
+        return self.host.salt("synapse_workers.names")
+
+    def containers(self):
+        """``docker inspect`` of every container of Synapse's, by name."""
+        names = self.host.run("docker", "ps", "--all", "--format", "{{.Names}}").stdout.split()
+        ours = [name for name in names if name.startswith(MAIN)]
+        inspected = json.loads(self.host.run("docker", "inspect", *ours).stdout) if ours else []
+        return {container["Name"].lstrip("/"): container for container in inspected}
+
+    def starts(self):
+        """When each container was started: a container that was restarted, or made anew, has another time."""
+        return {name: container["State"]["StartedAt"] for name, container in self.containers().items()}
+
+    def active(self, name):
+        return self.host.run("systemctl", "is-active", f"{name}.service", check=False).stdout.strip()
+
+    def healthy(self, name):
+        return self.host.salt("synapse_process.healthy", f"/run/matrix-synapse/private/{name}.sock")
+
+    def all_healthy(self):
+        return all(process["healthy"] and process["unit"] == "active" for process in self.status())
+
+    def status(self):
+        return self.host.salt("synapse_process.status")
+
+    def systemctl(self, *words, **kwargs):
+        return self.host.run("systemctl", *words, **kwargs)
+
+    def kill(self, name):
+        """SIGKILL the process in a container."""
+        self.host.run("docker", "kill", "--signal", "KILL", name)
+
+    @property
+    def url(self):
+        """nginx, as it is reached from outside the host."""
+        command = ["sh", "-c", "hostname --ip-address | cut -d ' ' -f 1"]
+        return f"http://{self.host.run(*command).stdout.strip()}:8008"
+
+    def user(self, name=None):
+        return User(self.url, name or f"user-{secrets.token_hex(4)}")
+
+
+class Refused(Exception):
+    """The homeserver answered with an error."""
+
+    def __init__(self, status, body):
+        super().__init__(f"{status} {body}")
+        self.status, self.body = status, body
+
+
+def request(url, method="GET", body=None, headers=None, timeout=60):
+    """Return ``(JSON, headers)`` of an answer; any status but 2xx raises Refused."""
+    data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+    asked = urllib.request.Request(url, method=method, data=data, headers=headers or {})
+    try:
+        with urllib.request.urlopen(asked, timeout=timeout) as answer:
+            text, got = answer.read(), answer.headers
+    except urllib.error.HTTPError as error:
+        raise Refused(error.code, error.read().decode(errors="replace")) from None
+    return (json.loads(text) if "json" in (got.get_content_type() or "") else text), got
+
+
+class User:
+    """A user of the homeserver, registered on the spot."""
+
+    def __init__(self, url, name):
+        self.url, self.token, self.since = url, None, None
+        body = {"username": name, "password": secrets.token_hex(8), "auth": {"type": "m.login.dummy"}}
+        answer = self.ask("POST", "/_matrix/client/v3/register", body)
+        self.id, self.token = answer["user_id"], answer["access_token"]
+
+    def ask(self, method, path, body=None, **headers):
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        return request(self.url + path, method, body, headers)[0]
+
+    def room(self, invite=()):
+        body = {"invite": list(invite), "preset": "private_chat"}
+        return self.ask("POST", "/_matrix/client/v3/createRoom", body)["room_id"]
+
+    def join(self, room):
+        self.ask("POST", f"/_matrix/client/v3/join/{quote(room)}", {})
+
+    def say(self, room, text):
+        path = f"/_matrix/client/v3/rooms/{quote(room)}/send/m.room.message/{secrets.token_hex(8)}"
+        return self.ask("PUT", path, {"msgtype": "m.text", "body": text})["event_id"]
+
+    def sync(self, timeout=0):
+        since = f"&since={self.since}" if self.since else ""
+        answer = self.ask("GET", f"/_matrix/client/v3/sync?timeout={timeout}{since}")
+        self.since = answer["next_batch"]
+        return answer
+
+    def heard(self, room):
+        """The texts in a room, the latest first."""
+        path = f"/_matrix/client/v3/rooms/{quote(room)}/messages?dir=b&limit=50"
+        return [event["content"].get("body") for event in self.ask("GET", path)["chunk"]]
+
+
+def quote(text):
+    return urllib.parse.quote(text, safe="")
