@@ -7,6 +7,7 @@ a rule that needs more than one value stands here, or in the module that knows t
 
 import difflib
 import ipaddress
+import itertools
 import json
 import re
 
@@ -23,6 +24,8 @@ DATA_FILES = {
 
 # What Salt 3008 shows instead of a pillar's secrets outside of rendering: never a value that somebody chose.
 MASKED = "**********"
+
+MOST_LISTED = 32
 
 
 def settings():
@@ -53,8 +56,6 @@ def faults():
     """
     known = knowledge()
     pillar = __pillar__.get("synapse")
-    if not isinstance(pillar, dict):
-        return [fault("synapse", pillar, "a mapping with at least server_name; see pillar.example")]
     found = check(pillar, known["schema"]["pillar"], "synapse", known)
     # A rule about several values makes no sense while one of them is of the wrong type.
     return found or relations(merge(known["defaults"], pillar))
@@ -113,7 +114,7 @@ def fault(path, value, right, secret=False):
         Do not show the value.
     """
     shown = "(a secret, not shown)" if secret else _shown(value)
-    return f"{path}: {shown} is not right here: {right}"
+    return f"{path}: {shown}: {right}"
 
 
 def _shown(value):
@@ -125,12 +126,13 @@ def did_you_mean(value, known):
     """
     Return "did you mean X? Known are ..." for a name that is not among the known ones.
     """
-    known = [str(name) for name in known]
-    close = difflib.get_close_matches(str(value).replace("_", "-"), known, n=1, cutoff=0.6) or difflib.get_close_matches(
-        str(value), known, n=1, cutoff=0.6
-    )
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}Known are {', '.join(known)}" if known else "nothing may stand here"
+    plain = {name.lower().replace("_", "-"): name for name in known}
+    if not plain:
+        return "there are none"
+    close = difflib.get_close_matches(str(value).lower().replace("_", "-"), plain, n=1)
+    known = list(plain.values())
+    listed = ", ".join(known[:MOST_LISTED]) + ", ..." * (len(known) > MOST_LISTED)
+    return f"did you mean {plain[close[0]]}? Known are {listed}" if close else f"known are {listed}"
 
 
 def check(value, node, path, known):
@@ -156,7 +158,7 @@ def check(value, node, path, known):
 
 def _check_map(value, node, path, known):
     if not isinstance(value, dict):
-        return [fault(path, value, "it must be a mapping")]
+        return [_of_another_kind(value, node, path, known)]
     found = []
     keys = node.get("keys")
     for key, item in value.items():
@@ -164,9 +166,9 @@ def _check_map(value, node, path, known):
         if not isinstance(key, str):
             found.append(fault(where, key, "a key must be a string: put it in quotes"))
         elif keys is not None and key not in keys:
-            found.append(fault(where, key, f"there is no such key; {did_you_mean(key, keys)}"))
+            found.append(f"{where}: there is no such key: {did_you_mean(key, keys)}")
         elif "names_of" in node and key not in known[node["names_of"]]:
-            found.append(fault(where, key, f"there is no such name; {did_you_mean(key, known[node['names_of']])}"))
+            found.append(f"{where}: there is no such name: {did_you_mean(key, known[node['names_of']])}")
         elif "name" in node and not re.fullmatch(node["name"], key):
             found.append(fault(where, key, f"the name must be {node.get('name_expected', 'like ' + node['name'])}"))
         else:
@@ -179,21 +181,35 @@ def _check_map(value, node, path, known):
 
 def _check_list(value, node, path, known):
     if not isinstance(value, list):
-        return [fault(path, value, "it must be a list")]
+        return [_of_another_kind(value, node, path, known)]
     if node.get("not_empty") and not value:
         return [fault(path, value, "it needs at least one item")]
     return [line for i, item in enumerate(value) for line in check(item, node["items"], f"{path}:{i}", known)]
 
 
+def _of_another_kind(value, node, path, known):
+    right = f"it must be {_expected(node, known)}"
+    if not _holds_secrets(node):
+        return fault(path, value, right)
+    kinds = {dict: "a mapping", list: "a list", str: "a string"}
+    kind = next((name for kind, name in kinds.items() if isinstance(value, kind)), "a " + type(value).__name__)
+    return f"{path}: {kind}: {right}"
+
+
+def _holds_secrets(node):
+    """Whether what stands at a node, or below it, must not be shown."""
+    children = [*node.get("keys", {}).values(), *(node[key] for key in ("values", "items") if key in node)]
+    return node["type"] == "secret" or node.get("secret", False) or any(map(_holds_secrets, children))
+
+
 def _check_string(value, node, path, known):
-    secret = node["type"] == "secret"
-    if (
-        not isinstance(value, str)
-        or not re.fullmatch(node["pattern"], value)
-        or len(value) > node.get("max_length", 1 << 20)
-        or (secret and value == MASKED)
-    ):
+    secret, most = node["type"] == "secret", node.get("max_length", 1 << 20)
+    if secret and value == MASKED:
+        return [fault(path, value, "it must be the secret itself, not the mask that Salt shows in its place", secret)]
+    if not isinstance(value, str) or not re.fullmatch(node["pattern"], value, re.ASCII):
         return [fault(path, value, f"it must be {_expected(node, known)}", secret)]
+    if len(value) > most:
+        return [fault(path, value, f"it must be {_expected(node, known)}, of at most {most} characters", secret)]
     return []
 
 
@@ -221,7 +237,7 @@ def _check_choice(value, node, path, known):
 def _check_size(value, node, path, known):
     if (
         not isinstance(value, str)
-        or not re.fullmatch(r"[1-9]\d{0,14}[KMG]", value)
+        or not re.fullmatch(r"[1-9][0-9]{0,14}[KMG]", value)
         or not size(node["min"]) <= size(value) <= size(node["max"])
     ):
         return [fault(path, value, f"it must be {_expected(node, known)}")]
@@ -235,13 +251,17 @@ def _check_scalar(value, node, path, known):
 
 
 def _check_any(value, node, path, known):
+    if isinstance(value, dict):
+        return _check_map(value, {"values": node}, path, known)
+    if isinstance(value, list):
+        return _check_list(value, {"items": node}, path, known)
     return []
 
 
 def _check_server_name(value, node, path, known):
     # https://spec.matrix.org/latest/appendices/#server-name
     if isinstance(value, str) and len(value) <= 230:
-        host, port = re.fullmatch(r"(.*?)(?::(\d{1,5}))?", value, re.DOTALL).groups()
+        host, port = re.fullmatch(r"(.*?)(?::([0-9]{1,5}))?", value, re.DOTALL).groups()
         if port is None or 0 < int(port) < 65536:
             if re.fullmatch(r"[A-Za-z0-9](-*[A-Za-z0-9])*(\.[A-Za-z0-9](-*[A-Za-z0-9])*)*", host):
                 return []
@@ -259,7 +279,7 @@ def listen_address(value):
     """
     Return ``(address, port)`` of a listen address; ``(None, None)`` where it is none. No address means all of them.
     """
-    match = re.fullmatch(r"(?:(.+):)?(\d{1,5})", str(value)) if isinstance(value, (str, int)) else None
+    match = re.fullmatch(r"(?:(.+):)?([0-9]{1,5})", str(value)) if isinstance(value, (str, int)) else None
     if isinstance(value, bool) or not match or not 0 < int(match[2]) < 65536:
         return None, None
     address = match[1] or "*"
@@ -287,7 +307,8 @@ def _parses(kind, value):
         kind(value)
     except ValueError:
         return False
-    return True
+    # An IPv6 address with a zone: anything may stand after its "%".
+    return "%" not in value
 
 
 CHECKS = {
@@ -345,15 +366,38 @@ def _directories_are_apart(settings):
     found = []
     directories = settings["directories"]
     for name, path in directories.items():
-        where = f"synapse:directories:{name}"
         parts = path.split("/")[1:]
-        if len(parts) < 2 or not all(parts) or set(parts) & {".", ".."}:
+        if len(parts) < 2 or set(parts) & {".", ".."} or any(_holds(path, other) for other in OTHERS_DIRECTORIES):
             # synapse.clean removes these directories: they can be nobody else's.
-            found.append(fault(where, path, "it must be a directory of Synapse's own, such as /srv/matrix-synapse"))
-        for other, other_path in directories.items():
-            if other != name and (other_path + "/").startswith(path + "/"):
-                found.append(fault(where, path, f"it must not hold synapse:directories:{other}, {other_path}"))
+            right = "it must be a directory of Synapse's own, such as /srv/matrix-synapse"
+            found.append(fault(f"synapse:directories:{name}", path, right))
+    for name, other in itertools.permutations(directories, 2):
+        path, other_path = directories[name], directories[other]
+        if _holds(path, other_path) and (path != other_path or name > other):
+            right = f"it must not hold synapse:directories:{other}, which is {other_path}"
+            found.append(fault(f"synapse:directories:{name}", path, right))
     return found
+
+
+# No directory of Synapse's may be one of these, or above one.
+OTHERS_DIRECTORIES = (
+    "/etc/nginx/conf.d",
+    "/etc/systemd/system",
+    "/run/postgresql",
+    "/run/redis-synapse",
+    "/run/systemd",
+    "/usr/lib/systemd",
+    "/usr/local/lib/matrix-synapse",
+    "/var/cache/apt",
+    "/var/lib/docker",
+    "/var/lib/postgresql",
+    "/var/lib/redis",
+    "/var/log/nginx",
+)
+
+
+def _holds(path, other):
+    return f"{other}/".startswith(f"{path}/")
 
 
 def _listeners_are_apart(settings):
@@ -363,16 +407,23 @@ def _listeners_are_apart(settings):
         for i, value in enumerate(settings["nginx"][server]["listen"]):
             where = f"synapse:nginx:{server}:listen:{i}"
             address, port = listen_address(value)
-            for (other_address, other_port), other in seen.items():
-                if port == other_port and (address == other_address or "*" in (address, other_address)):
-                    found.append(fault(where, value, f"it collides with {other}: give each listener its own address"))
-            seen[(address, port)] = where
+            ip = ipaddress.ip_address("0.0.0.0" if address == "*" else address.strip("[]"))
+            other = next((o for o, (o_ip, o_port) in seen.items() if port == o_port and _overlap(ip, o_ip)), None)
+            if other:
+                right = f"it collides with {other}: give each listener an address or a port of its own"
+                found.append(fault(where, value, right))
+            seen[where] = (ip, port)
     return found
+
+
+def _overlap(ip, other):
+    # nginx's IPv6 sockets take no IPv4.
+    return ip == other or (ip.version == other.version and (ip.is_unspecified or other.is_unspecified))
 
 
 def _databases_are_reachable(settings):
     found = []
-    for service in ("postgres", "redis"):
+    for service, name in (("postgres", "PostgreSQL"), ("redis", "Redis")):
         values, path = settings[service], f"synapse:{service}"
         if values["managed"]:
             for key in ("host", "password"):
@@ -381,12 +432,12 @@ def _databases_are_reachable(settings):
                         fault(
                             f"{path}:{key}",
                             values[key],
-                            f"the formula's own {service} is reached by its Unix socket: leave it out, or set {path}:managed to false",
+                            f"leave it out: the formula's own {name} is reached by its Unix socket; an external one wants {path}:managed to be false",
                             secret=key == "password",
                         )
                     )
         elif not values["host"]:
-            found.append(f"{path}:host: is missing: an external {service} ({path}:managed is false) needs a host")
+            found.append(f"{path}:host: is missing: an external {name} ({path}:managed is false) needs a host")
     postgres = settings["postgres"]
     if not postgres["managed"] and not postgres["password"] and not str(postgres["host"] or "/").startswith("/"):
         found.append("synapse:postgres:password: is missing: a database that is reached by network needs it")
@@ -411,7 +462,7 @@ def _databases_are_reachable(settings):
 
 def _accounts_are_ordinary(settings):
     return [
-        fault(f"synapse:user:{key}", "root", "Synapse must not run as root")
+        fault(f"synapse:user:{key}", "root", "it must be Synapse's own, as Synapse does not run as root")
         for key in ("name", "group")
         if settings["user"][key] == "root"
     ]
@@ -420,7 +471,9 @@ def _accounts_are_ordinary(settings):
 def _image_can_be_built(settings):
     image = settings["image"]
     if image["source"] == "build" and image["version"] in ("latest", "develop"):
-        return [fault("synapse:image:version", image["version"], "a self-built image needs a release, such as v1.163.2")]
+        return [
+            fault("synapse:image:version", image["version"], "a self-built image needs a release, such as v1.163.2")
+        ]
     return []
 
 

@@ -29,10 +29,24 @@ MAIN_IN_INSTANCE_MAP = "main"
 LONGEST_SOCKET_PATH = 107 - len(".lock")
 
 MOST_WORKERS = 1024
+# PostgreSQL's own limit of max_connections.
+MOST_CONNECTIONS = 262143
 ENTRY_OPTIONS = ("config", "log_level", "memory", "cpus", "arguments")
 
 # What the plan itself writes; anybody else's value would cut a process off from nginx, its health check or its unit.
 PLANNED_SETTINGS = ("worker_app", "worker_name", "worker_listeners", "worker_log_config", "listeners", "log_config")
+
+# What has a place of its own in the pillar. Of a secret the formula gives the path, and Synapse refuses the secret beside it.
+SETTINGS_ELSEWHERE = {
+    "macaroon_secret_key": "synapse:secrets:macaroon",
+    "form_secret": "synapse:secrets:form",
+    "registration_shared_secret": "synapse:secrets:registration",
+    "worker_replication_secret": "synapse:secrets:replication",
+    "signing_key": "synapse:signing_key:current",
+    "old_signing_keys": "synapse:signing_key:old",
+    "server_name": "synapse:server_name",
+    "app_service_config_files": "synapse:appservices",
+}
 
 
 def plan():
@@ -47,20 +61,22 @@ def plan():
 
         salt-call synapse_workers.plan
     """
+    # Where the roster is, only a pillar of the right form can say.
+    _refuse(_faults_of_form())
     settings = __salt__["synapse_pillar.settings"]()
-    inputs = json.dumps([settings, roster(settings)], default=str)
+    inputs = repr([settings, roster(settings)])
     known = __context__.get("synapse_workers.plan")
     if not known or known[0] != inputs:
-        known = __context__["synapse_workers.plan"] = (inputs, _plan(settings))
+        _refuse(_faults_of_content())
+        data = __salt__["synapse_pillar.knowledge"]()
+        planned = build(settings, data["workers"], data["routes"], roster(settings))
+        known = __context__["synapse_workers.plan"] = (inputs, planned)
     return known[1]
 
 
-def _plan(settings):
-    found = validate()
+def _refuse(found):
     if found:
         raise CommandExecutionError("The pillar has faults:\n" + "\n".join(f"- {line}" for line in found))
-    known = __salt__["synapse_pillar.knowledge"]()
-    return build(settings, known["workers"], known["routes"], roster(settings))
 
 
 def names():
@@ -86,16 +102,17 @@ def validate():
 
         salt-call synapse_workers.validate
     """
+    return _faults_of_form() or _faults_of_content()
+
+
+def _faults_of_form():
     former = __pillar__.get("matrix_synapse_workers_enabled_list")
     if former is not None:
         return [_former_list_fault("matrix_synapse_workers_enabled_list", former)]
-    pillar = __pillar__.get("synapse")
-    found = former_fault(pillar)
-    if found:
-        return found
-    found = __salt__["synapse_pillar.faults"]()
-    if found:
-        return found
+    return former_fault(__pillar__.get("synapse")) or __salt__["synapse_pillar.faults"]()
+
+
+def _faults_of_content():
     settings = __salt__["synapse_pillar.settings"]()
     known = __salt__["synapse_pillar.knowledge"]()
     found = faults(settings, known["workers"], roster(settings))
@@ -121,7 +138,9 @@ def outdated_modules():
             if source.endswith(".py"):
                 synced = cache / directory / pathlib.Path(source).name
                 if not synced.exists() or _digest_of(synced) != __salt__["cp.hash_file"](f"salt://{source}")["hsum"]:
-                    found.append(f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first")
+                    found.append(
+                        f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first"
+                    )
     return found
 
 
@@ -156,7 +175,10 @@ def roster(settings):
     """
     path = pathlib.Path(settings["directories"]["config"], "roster.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(kept, dict):
+            raise ValueError("it holds no mapping")
+        return kept
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as err:
@@ -201,12 +223,10 @@ def build(settings, workers, routes_data, roster):
     ``roster``
         The roster after this run.
     """
-    wanted = [
-        {**_blank(settings), **entry} for entry in _expand(settings, workers) for _ in range(entry.get("count", 1))
-    ]
+    wanted = [entry for entry in _expand(settings, workers) for _ in range(entry.get("count", 1))]
     numbered = sorted(_number(wanted, roster.get("workers", {})), key=lambda pair: pair[0])
     processes = [_main(settings, workers)]
-    processes += [_worker(index, entry, settings, workers) for index, entry in numbered]
+    processes += [_worker(index, {**_blank(settings), **entry}, settings, workers) for index, entry in numbered]
     shared = _shared(processes, settings, workers)
     for process in processes:
         _listen(process, shared, settings)
@@ -236,12 +256,12 @@ def _expand(settings, workers):
 
 
 def _identity(index, entry):
-    """What the roster keeps of a worker, to know it again."""
-    options = json.dumps([entry[key] for key in ENTRY_OPTIONS], sort_keys=True, default=str)
+    """What the roster keeps of a worker, to know it again: of its own entry, so that no change elsewhere makes it another."""
+    options = json.dumps([entry.get(key) for key in ENTRY_OPTIONS], sort_keys=True, default=str)
     return {
         "index": index,
         "type": entry["type"],
-        "stream": entry["stream"],
+        "stream": entry.get("stream"),
         "options": hashlib.sha256(options.encode()).hexdigest()[:16],
     }
 
@@ -350,9 +370,7 @@ def _listen(process, shared, settings):
     name, is_main = process["name"], process["type"] == "main"
     called = MAIN_IN_INSTANCE_MAP if is_main else name
     private = (
-        ["health"]
-        + ["metrics"] * settings["metrics"]
-        + ["replication"] * (called in shared.get("instance_map", {}))
+        ["health"] + ["metrics"] * settings["metrics"] + ["replication"] * (called in shared.get("instance_map", {}))
     )
     serves = process.pop("serves")
     if is_main and not shared.get("enable_media_repo", True):
@@ -477,13 +495,15 @@ def faults(settings, workers, roster):
     entries = _located_entries(settings, workers)
     found = [line for where, entry in entries for line in _entry_faults(where, entry, workers)]
     found += _crowd_faults(entries, workers)
+    found += _setting_faults("synapse:config", settings["config"])
+    found += _name_setting_faults(settings["config"], workers)
     found += _roster_faults(settings, roster)
     if found:
         return found
     planned = build(settings, workers, {"routes": [], "names": {}}, roster)
     found += _socket_faults(planned, settings)
     found += _connection_faults(planned, settings)
-    found += _config_faults(planned, settings, workers)
+    found += _ghost_faults(planned, settings["config"], workers)
     return found
 
 
@@ -506,101 +526,124 @@ def _entry_faults(where, entry, workers):
         yield f"{where}:stream: is missing: a stream-writer needs one of {', '.join(workers['streams'])}"
     if entry["type"] != "stream-writer" and "stream" in entry:
         yield _fault(f"{where}:stream", entry["stream"], f"only a stream-writer has a stream, not a {entry['type']}")
+    config = entry.get("config", {})
+    yield from _setting_faults(f"{where}:config", config)
+    for key in ("instance_map", "stream_writers", *workers["settings_with_names"]):
+        if key in config:
+            right = "all processes must agree on it: it belongs into synapse:config"
+            yield _fault(f"{where}:config:{key}", config[key], right)
+
+
+def _setting_faults(where, config):
+    """Settings that have another place, or none."""
     for key in PLANNED_SETTINGS:
-        if key in entry.get("config", {}):
-            yield _fault(f"{where}:config:{key}", entry["config"][key], "the formula sets it: leave it out")
+        if key in config:
+            yield _fault(f"{where}:{key}", config[key], "leave it out, the formula sets it")
+    for key, path in SETTINGS_ELSEWHERE.items():
+        for name in (key, f"{key}_path"):
+            if name in config:
+                secret = path.startswith(("synapse:secrets", "synapse:signing_key"))
+                yield _fault(f"{where}:{name}", config[name], f"it belongs into {path}", secret)
 
 
 def _crowd_faults(entries, workers):
     """More workers than there may be, of a type, of a stream, or in all."""
     crowds = {}
     for where, entry in entries:
-        stream = entry.get("stream")
-        most = workers["types"][entry["type"]].get("at_most")
-        kind = f"worker of the type {entry['type']}"
-        if stream and not workers["streams"][stream]["sharded"]:
-            most, kind = 1, f"writer of the stream {stream}"
-        if most is not None:
-            crowd = crowds.setdefault(kind, {"most": most, "count": 0})
-            crowd["count"] += entry.get("count", 1)
-            crowd["where"] = where
-    for kind, crowd in crowds.items():
-        if crowd["count"] > crowd["most"]:
-            yield _fault(crowd["where"], crowd["count"], f"Synapse allows at most {crowd['most']} {kind}")
-    total = sum(entry.get("count", 1) for _, entry in entries)
+        crowd = crowds.setdefault((entry["type"], entry.get("stream")), {"count": 0})
+        crowd["count"] += entry.get("count", 1)
+        crowd["where"] = where
+    for (kind, stream), crowd in crowds.items():
+        if kind == "stream-writer":
+            key, value, who = "stream", stream, "writers of this stream"
+            most = 1 if stream and not workers["streams"][stream]["sharded"] else MOST_WORKERS
+        else:
+            key, value, who = "type", kind, "workers of this type"
+            most = workers["types"][kind].get("at_most", MOST_WORKERS)
+        if crowd["count"] > most:
+            right = f"Synapse allows {most}, and there are {crowd['count']} {who}"
+            yield _fault(f"{crowd['where']}:{key}", value, right)
+    total = sum(crowd["count"] for crowd in crowds.values())
     if total > MOST_WORKERS:
-        yield _fault("synapse:workers", total, f"at most {MOST_WORKERS} workers")
+        yield _fault("synapse:workers", total, f"there may be {MOST_WORKERS} workers at most")
 
 
 def _roster_faults(settings, roster):
     known = roster.get("server_name", settings["server_name"])
     if known != settings["server_name"]:
-        yield _fault(
-            "synapse:server_name",
-            settings["server_name"],
-            f"this homeserver was made as {known}, and Synapse's server name can never change",
-        )
+        right = f"it must stay {known}, as this homeserver was made: Synapse's server name can never change"
+        yield _fault("synapse:server_name", settings["server_name"], right)
 
 
 def _socket_faults(planned, settings):
     longest = max((process["private_socket"] for process in planned["processes"]), key=len)
     if len(longest) > LONGEST_SOCKET_PATH:
-        yield _fault(
-            "synapse:directories:run",
-            settings["directories"]["run"],
-            f"the socket {longest} would have {len(longest)} bytes, at most {LONGEST_SOCKET_PATH} are allowed",
+        right = (
+            f"it must be shorter: a socket's path may have {LONGEST_SOCKET_PATH} bytes, {longest} has {len(longest)}"
         )
+        yield _fault("synapse:directories:run", settings["directories"]["run"], right)
 
 
 def _connection_faults(planned, settings):
-    given = settings["postgres"]["options"].get("max_connections")
-    if given is not None and (not isinstance(given, int) or given < planned["max_connections"]):
-        yield _fault(
-            "synapse:postgres:options:max_connections",
-            given,
-            f"{len(planned['processes'])} processes need at least {planned['max_connections']}; leave it out to get that",
-        )
+    needed, count = planned["max_connections"], len(planned["processes"])
+    given = settings["postgres"]["options"].get("max_connections", needed)
+    if needed > MOST_CONNECTIONS:
+        right = f"it must be less: {count} processes would need {needed} connections, and PostgreSQL allows {MOST_CONNECTIONS}"
+        yield _fault("synapse:postgres:connections:max", settings["postgres"]["connections"]["max"], right)
+    elif not re.fullmatch("[0-9]{1,9}", str(given)) or not needed <= int(given) <= MOST_CONNECTIONS:
+        right = f"it must be from {needed}, for as many processes, to {MOST_CONNECTIONS}; leave it out to get the least"
+        yield _fault("synapse:postgres:options:max_connections", given, right)
 
 
-# Synapse refuses a secret beside its _path, and the formula gives the path.
-SECRET_SETTINGS = {
-    "macaroon_secret_key": "synapse:secrets:macaroon",
-    "form_secret": "synapse:secrets:form",
-    "registration_shared_secret": "synapse:secrets:registration",
-    "worker_replication_secret": "synapse:secrets:replication",
-    "signing_key": "synapse:signing_key:current",
-    "signing_key_path": "synapse:signing_key:current",
-    "server_name": "synapse:server_name",
-    "app_service_config_files": "synapse:appservices",
-}
+def _name_setting_faults(config, workers):
+    """Settings that hold names of processes, but not as Synapse wants them."""
+    single = {kind.get("named_in") for kind in workers["types"].values()}
+    for key in workers["settings_with_names"]:
+        value = config.get(key)
+        if value is not None and key in single and not isinstance(value, str):
+            yield _fault(f"synapse:config:{key}", value, "it must be the name of a process")
+        elif value is not None and key not in single and not _is_list_of_names(value):
+            # With an empty list, nobody would do it.
+            yield _fault(f"synapse:config:{key}", value, "it must be a list of names of processes, and not be empty")
+    for key in ("instance_map", "stream_writers"):
+        if not isinstance(config.get(key, {}), dict):
+            yield _fault(f"synapse:config:{key}", config[key], "it must be a mapping")
+    for stream, value in _writers(config).items():
+        where = f"synapse:config:stream_writers:{stream}"
+        if stream not in workers["streams"]:
+            yield f"{where}: there is no such stream: {_did_you_mean(stream, workers['streams'])}"
+        elif not isinstance(value, str) and not _is_list_of_names(value):
+            yield _fault(where, value, "it must be the name of a process, or a list of names that is not empty")
+        elif not isinstance(value, str) and len(value) > 1 and not workers["streams"][stream]["sharded"]:
+            yield _fault(where, value, "Synapse allows one writer of this stream")
 
 
-def _config_faults(planned, settings, workers):
-    """What the operator's own homeserver.yaml settings would break; above all names that nobody bears."""
-    config = settings["config"]
-    for key in PLANNED_SETTINGS:
-        if key in config:
-            yield _fault(f"synapse:config:{key}", config[key], "the formula sets it: leave it out")
-    for key, path in SECRET_SETTINGS.items():
-        for name in (key, f"{key}_path"):
-            if name in config:
-                yield _fault(f"synapse:config:{name}", config[name], f"it belongs into {path}", secret=True)
-    borne = {process["name"] for process in planned["processes"]} | {MAIN_IN_STREAM_WRITERS, MAIN_IN_INSTANCE_MAP}
-    if isinstance(config.get("instance_map"), dict):
-        borne |= set(config["instance_map"])
-    used = [(key, config[key]) for key in workers["settings_with_names"] if config.get(key)]
+def _is_list_of_names(value):
+    return isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)
+
+
+def _writers(config):
     writers = config.get("stream_writers")
-    if isinstance(writers, dict):
-        for stream, value in writers.items():
-            if stream not in workers["streams"]:
-                yield _fault(
-                    f"synapse:config:stream_writers:{stream}", value, _did_you_mean(stream, workers["streams"])
-                )
-        used += [(f"stream_writers:{stream}", value) for stream, value in writers.items()]
-    for key, value in used:
-        for name in value if isinstance(value, list) else [value]:
+    return writers if isinstance(writers, dict) else {}
+
+
+def _ghost_faults(planned, config, workers):
+    """Names in the operator's own settings that no process bears: Synapse itself would take them."""
+    own = {process["name"] for process in planned["processes"]} - {MAIN}
+    others = set(config.get("instance_map", {}))
+    for name in sorted(others & (own | {MAIN_IN_INSTANCE_MAP, MAIN_IN_STREAM_WRITERS})):
+        value = config["instance_map"][name]
+        yield _fault(f"synapse:config:instance_map:{name}", value, "leave it out, the formula sets it")
+    used = {key: config[key] for key in workers["settings_with_names"] if config.get(key) is not None}
+    used |= {f"stream_writers:{stream}": value for stream, value in _writers(config).items()}
+    for key, value in used.items():
+        borne = sorted(own | others)
+        if key != "outbound_federation_restricted_to":
+            # Only a worker can be one of those.
+            borne.insert(0, MAIN_IN_STREAM_WRITERS)
+        for name in [value] if isinstance(value, str) else value:
             if name not in borne:
-                yield _fault(f"synapse:config:{key}", name, f"no process bears that name; {_did_you_mean(name, borne)}")
+                yield _fault(f"synapse:config:{key}", name, f"no process bears this name: {_did_you_mean(name, borne)}")
 
 
 def former_fault(pillar):
@@ -624,7 +667,7 @@ def former_fault(pillar):
     return []
 
 
-FORMER_NAME = re.compile(r"matrix-synapse-worker[_-]([a-z_]+?)[_-]\d+")
+FORMER_NAME = re.compile(r"matrix-synapse-worker[_-](?P<type>[a-z_-]+?)[_-]\d+(?:-stream-(?P<stream>[a-z_]+))?")
 
 
 def _is_former(entry):
@@ -653,11 +696,12 @@ def translate(entries, workers):
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, str):
             match = FORMER_NAME.fullmatch(entry)
-            entry = {"type": match[1]} if match else {}
+            entry = match.groupdict() if match else {}
         if not isinstance(entry, dict):
             continue
         former, stream = entry.get("type"), entry.get("stream_writer_stream", entry.get("stream"))
-        kind = workers["former_types"].get(former, former) if isinstance(former, str) else None
+        former = former.replace("-", "_") if isinstance(former, str) else ""
+        kind = workers["former_types"].get(former, former.replace("_", "-"))
         if kind in workers["types"]:
             stream = stream if isinstance(stream, str) and stream in workers["streams"] else None
             key = (kind, stream or "STREAM") if kind == "stream-writer" else (kind, None)
