@@ -4,118 +4,68 @@ map, registers by the hook, and runs on the host as a unit that is After= the ho
 """
 
 import contextlib
-import hashlib
-import hmac
 import json
-import secrets
-import time
 
 import pytest
+from deployment import User, until
 
 BRIDGE = "testbridge"
 UNIT = "test-bridge.service"
 STARTED = "39f53479d3a045ac8e11786248231fbf"  # systemd's message id of a unit that has started
 
 
-def apply(host, sls, **kwargs):
-    """The changes of each state, by its id; all states succeed."""
-    states = host.salt("state.apply", sls, **kwargs).values()
-    failed = [f"{state['__id__']}: {state['comment']}" for state in states if state["result"] is False]
-    assert not failed, "\n".join(failed)
-    return {state["__id__"]: state["changes"] for state in states if state["changes"]}
-
-
-class Matrix:
-    """A user, by curl in the host."""
-
-    def __init__(self, host, url):
-        self.host, self.url, self.token = host, url, None
-
-    def request(self, method, path, body=None):
-        command = ["curl", "--silent", "--show-error", "--max-time", "60", "--request", method]
-        command += ["--header", f"Authorization: Bearer {self.token}"] if self.token else []
-        command += ["--json", json.dumps(body)] if body is not None else []
-        return json.loads(self.host.run(*command, self.url + path).stdout)
-
-    def register(self, name):
-        nonce, password = self.request("GET", "/_synapse/admin/v1/register")["nonce"], secrets.token_hex(8)
-        data = self.host.salt("synapse_pillar.settings")["directories"]["data"]
-        secret = self.host.read(f"{data}/secrets/registration").strip()
-        text = "\0".join([nonce, name, password, "notadmin"])
-        mac = hmac.new(secret.encode(), text.encode(), hashlib.sha1).hexdigest()
-        body = {"nonce": nonce, "username": name, "password": password, "admin": False, "mac": mac}
-        self.token = self.request("POST", "/_synapse/admin/v1/register", body)["access_token"]
-
-    def room(self, invite):
-        room = self.request("POST", "/_matrix/client/v3/createRoom", {"invite": [invite]})["room_id"]
-        joined = f"/_matrix/client/v3/rooms/{room}/joined_members"
-        until(lambda: invite in self.request("GET", joined)["joined"], f"{invite} joins")
-        return room
-
-    def say(self, room, text):
-        path = f"/_matrix/client/v3/rooms/{room}/send/m.room.message/{secrets.token_hex(8)}"
-        assert "event_id" in self.request("PUT", path, {"msgtype": "m.text", "body": text})
-
-    def heard(self, room):
-        chunk = self.request("GET", f"/_matrix/client/v3/rooms/{room}/messages?dir=b&limit=50")["chunk"]
-        return [(e["sender"], e["content"]["body"]) for e in chunk if e["type"] == "m.room.message"]
-
-
 class Remote:
     """The network on the other side of the bridge."""
 
     def __init__(self, host, url):
-        self.matrix = Matrix(host, url)
+        self.host, self.url = host, f"{url}/remote/messages"
 
     def say(self, room, name, text):
-        body = {"room": room, "from": name, "text": text}
-        assert "event_id" in self.matrix.request("POST", "/remote/messages", body)
+        body = json.dumps({"room": room, "from": name, "text": text})
+        self.host.run("curl", "--silent", "--show-error", "--fail-with-body", "--json", body, self.url)
 
     def heard(self):
-        return [(m["from"], m["text"]) for m in self.matrix.request("GET", "/remote/messages")]
+        messages = json.loads(self.host.run("curl", "--silent", "--show-error", "--fail", self.url).stdout)
+        return [message["text"] for message in messages]
 
 
-def until(condition, what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"gave up waiting: {what}"
-        time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def host(deployed):
-    """The host with the homeserver and the bridge, which its formula installed in one run."""
-    foreseen = apply(deployed, "test.e2e.bridge", test=True)
-    done = apply(deployed, "test.e2e.bridge")
+@pytest.fixture(scope="module", autouse=True)
+def bridge(deployment):
+    """The bridge, which its formula installs in one run, and for which a test run has foreseen all."""
+    foreseen = deployment.apply("test.e2e.bridge", test=True)
+    done = deployment.apply("test.e2e.bridge")
     assert "The test bridge is registered" in done
     assert set(foreseen) == set(done)
-    yield deployed
-    deployed.sh(f"systemctl disable --now {UNIT}; rm -r /etc/systemd/system/{UNIT} /etc/test-bridge /opt/test-bridge")
-    deployed.run("systemctl", "daemon-reload")
-    deployed.salt("synapse_appservice.remove", BRIDGE)
-    apply(deployed, "synapse")
+    yield
+    host = deployment.host
+    host.run("systemctl", "disable", "--now", UNIT)
+    host.sh(f"rm -r /etc/systemd/system/{UNIT} /etc/test-bridge /opt/test-bridge; systemctl daemon-reload")
+    host.salt("synapse_appservice.remove", BRIDGE)
+    deployment.apply()
 
 
 @pytest.fixture(scope="module")
-def homeserver(host):
+def homeserver(bridge, host):
     return host.salt("synapse_appservice.homeserver", BRIDGE)
 
 
 @pytest.fixture(scope="module")
-def processes(host):
-    return host.salt("synapse_workers.names")
+def processes(deployment):
+    return deployment.names()
 
 
 @pytest.fixture(scope="module")
-def carol(host, homeserver):
-    user = Matrix(host, homeserver["url"]["host"])
-    user.register(f"carol-{secrets.token_hex(4)}")
-    return user
+def carol(deployment, bridge):
+    return User(deployment.url, "carol")
 
 
 @pytest.fixture(scope="module")
 def room(carol, homeserver):
-    return carol.room(f"@{BRIDGE}bot:{homeserver['server_name']}")
+    bot = f"@{BRIDGE}bot:{homeserver['server_name']}"
+    room = carol.room(invite=[bot])
+    members = f"/_matrix/client/v3/rooms/{room}/joined_members"
+    until(lambda: bot in carol.ask("GET", members)["joined"], "the bot joins")
+    return room
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +86,21 @@ def each_started_once(host, names):
 
 def test_messages_pass_both_ways(carol, room, remote, homeserver):
     domain = homeserver["server_name"]
-    remote.say(room, "alice", "hello from alice")
-    remote.say(room, "bob", "hello from bob")
+    for name in ("alice", "bob"):
+        remote.say(room, name, f"hello from {name}")
     carol.say(room, "hello from carol")
-    ghosts = {(f"@{BRIDGE}_alice:{domain}", "hello from alice"), (f"@{BRIDGE}_bob:{domain}", "hello from bob")}
-    assert ghosts <= set(carol.heard(room))
-    until(lambda: "hello from carol" in [text for _, text in remote.heard()], "the remote network gets the message")
-    assert not {text for _, text in remote.heard()} & {text for _, text in ghosts}
+    timeline = carol.sync()["rooms"]["join"][room]["timeline"]["events"]
+    said = {event["content"]["body"]: event["sender"] for event in timeline if event["type"] == "m.room.message"}
+    assert said == {f"hello from {name}": f"@{BRIDGE}_{name}:{domain}" for name in ("alice", "bob")} | {
+        "hello from carol": carol.id
+    }
+    until(lambda: remote.heard() == ["hello from carol"], "the remote network gets the message, and no echo")
 
 
-def test_a_second_run_changes_nothing(host, processes):
+def test_a_second_run_changes_nothing(deployment, host):
     with each_started_once(host, []):
-        assert apply(host, "test.e2e.bridge", test=True) == {}
-        assert apply(host, "test.e2e.bridge") == {}
+        assert deployment.apply("test.e2e.bridge", test=True) == {}
+        assert deployment.apply("test.e2e.bridge") == {}
 
 
 def test_every_process_reads_the_registration_and_can_not_write_it(host, homeserver, processes):
@@ -195,7 +147,7 @@ def test_the_bridge_starts_when_the_homeserver_answers(host, carol, room, remote
     with each_started_once(host, processes):
         host.run("systemctl", "start", UNIT)
     remote.say(room, "alice", "at once")
-    assert "at once" in [text for _, text in carol.heard(room)]
+    assert "at once" in carol.heard(room)
 
 
 def test_a_bridge_without_a_homeserver_gives_up(host):
@@ -206,11 +158,11 @@ def test_a_bridge_without_a_homeserver_gives_up(host):
     host.run("systemctl", "start", UNIT)
 
 
-def test_a_dead_token_is_refused_and_the_new_registration_works(host, carol, room, remote, processes):
+def test_a_dead_token_is_refused_and_the_new_registration_works(deployment, host, carol, room, remote, processes):
     before = host.salt("synapse_appservice.tokens", BRIDGE)
     assert host.salt("synapse_appservice.renew_tokens", BRIDGE) == ["as_token", "hs_token"]
     with each_started_once(host, processes):
-        apply(host, "synapse")
+        deployment.apply()
     carol.say(room, "while the bridge is dead")
 
     assert host.run("systemctl", "restart", UNIT, check=False).returncode != 0
@@ -219,50 +171,91 @@ def test_a_dead_token_is_refused_and_the_new_registration_works(host, carol, roo
     assert host.run("systemctl", "is-active", UNIT, check=False).stdout.strip() == "failed"
 
     with each_started_once(host, []):
-        changes = apply(host, "test.e2e.bridge")
+        changes = deployment.apply("test.e2e.bridge")
     assert set(changes) == {"The test bridge is configured", "The test bridge is running"}
     assert not set(before.values()) & set(host.salt("synapse_appservice.tokens", BRIDGE).values())
     remote.say(room, "alice", "alive again")
-    assert "alive again" in [text for _, text in carol.heard(room)]
+    assert "alive again" in carol.heard(room)
     # Synapse comes back to an appservice that failed after a while, and brings what was said meanwhile.
     until(
-        lambda: "while the bridge is dead" in [text for _, text in remote.heard()],
+        lambda: "while the bridge is dead" in remote.heard(),
         "the remote network gets what was said meanwhile",
         seconds=120,
     )
 
 
-def an_appservice(name, **changes):
-    registration = {"url": None, "sender_localpart": name, "namespaces": {}, **changes}
-    return {"synapse": {"appservices": {name: {"registration": registration}}}}
+def an_appservice(name):
+    return {name: {"registration": {"url": None, "sender_localpart": name, "namespaces": {}}}}
 
 
-def test_pillar_and_hook_with_the_same_id_are_a_fault_that_changes_nothing(host, processes):
-    before = host.sh("find /etc/matrix-synapse -type f -exec sha256sum {} + | sort").stdout
+def test_pillar_and_hook_with_the_same_id_are_a_fault_that_changes_nothing(deployed, host):
+    files = "find /etc/matrix-synapse -type f -exec sha256sum {} + | sort"
+    before = host.sh(files).stdout
+    deployed.pillar["appservices"] = an_appservice(BRIDGE)
     with each_started_once(host, []):
-        result = host.salt("state.apply", "synapse", pillar=an_appservice(BRIDGE))
-    said = json.dumps(result)
+        said = deployed.refused()
     assert f"synapse:appservices:{BRIDGE}" in said
     assert f"synapse_appservice.registered {BRIDGE}" in said
-    assert host.sh("find /etc/matrix-synapse -type f -exec sha256sum {} + | sort").stdout == before
+    assert host.sh(files).stdout == before
 
 
-def test_an_appservice_in_the_pillar_gets_tokens_that_stay(host, homeserver, processes):
+def test_an_appservice_in_the_pillar_gets_tokens_that_stay(deployed, host, homeserver, processes):
     path = f"{homeserver['registrations']}/inline.yaml"
+    deployed.pillar["appservices"] = an_appservice("inline")
     with each_started_once(host, processes):
-        foreseen = apply(host, "synapse", pillar=an_appservice("inline"), test=True)
-        done = apply(host, "synapse", pillar=an_appservice("inline"))
+        foreseen = deployed.apply(test=True)
+        done = deployed.apply()
     assert foreseen == done
     assert done["Appservices have their tokens"] == {"inline": {"old": None, "new": ["as_token", "hs_token"]}}
     written = host.read(path)
-    assert apply(host, "synapse", pillar=an_appservice("inline"), test=True) == {}
+    assert deployed.apply(test=True) == {}
 
+    deployed.pillar["appservices"] = {}
     with each_started_once(host, processes):
-        apply(host, "synapse")
+        deployed.apply()
     assert host.run("test", "-e", path, check=False).returncode == 1
     assert "inline" not in host.read("/etc/matrix-synapse/homeserver.yaml")
 
+    deployed.pillar["appservices"] = an_appservice("inline")
     with each_started_once(host, processes):
-        apply(host, "synapse", pillar=an_appservice("inline"))
+        deployed.apply()
     assert host.read(path) == written
-    apply(host, "synapse")
+
+
+def test_a_file_of_the_operators_is_an_appservice_and_its_change_restarts_what_reads_it(deployed, host, processes):
+    file = "/etc/other-bridge/registration.yaml"
+    registration = {
+        "id": "other",
+        "url": None,
+        "as_token": "a" * 32,
+        "hs_token": "b" * 32,
+        "sender_localpart": "otherbot",
+        "namespaces": {},
+    }
+    host.write(file, json.dumps(registration), mode="0600")
+    deployed.pillar["appservices"] = {"other": {"file": file}}
+    deployed.apply()
+    whoami = ["curl", "--silent", "http://127.0.0.1:8008/_matrix/client/v3/account/whoami", "--header"]
+    assert "@otherbot:" in host.run(*whoami, "Authorization: Bearer " + "a" * 32).stdout
+
+    host.write(file, json.dumps(registration | {"as_token": "c" * 32}), mode="0600")
+    with each_started_once(host, processes):
+        deployed.apply()
+    assert "M_UNKNOWN_TOKEN" in host.run(*whoami, "Authorization: Bearer " + "a" * 32).stdout
+    assert "@otherbot:" in host.run(*whoami, "Authorization: Bearer " + "c" * 32).stdout
+
+
+def test_a_bridge_that_is_gone_leaves_nothing_to_synapse(deployment, host, homeserver, processes):
+    tokens = host.salt("synapse_appservice.tokens", BRIDGE)
+    assert host.salt("state.single", "synapse_appservice.absent", BRIDGE)
+    with each_started_once(host, processes):
+        deployment.apply()
+    assert host.run("test", "-e", homeserver["registration"], check=False).returncode == 1
+    labels = host.run("docker", "inspect", "--format", "{{json .Config.Labels}}", *processes).stdout
+    assert "org.example.testbridge" not in labels
+    assert host.run("systemctl", "restart", UNIT, check=False).returncode != 0
+    assert "M_UNKNOWN_TOKEN" in host.sh(f"journalctl --unit {UNIT} --output cat --lines 20").stdout
+
+    # Its tokens are kept, for when it comes back.
+    deployment.apply("test.e2e.bridge")
+    assert host.salt("synapse_appservice.tokens", BRIDGE) == tokens
