@@ -22,6 +22,7 @@ WORKER_PREFIX = "matrix-synapse-worker-"
 PROCESS_LABEL = "org.matrix.synapse.process"
 INPUTS_LABEL = "org.matrix.synapse.process.inputs"
 
+HELPERS = "/usr/local/lib/matrix-synapse"
 PYTHON_CACHE = "/var/cache/python"
 
 # What `systemctl show` is asked of every unit.
@@ -107,7 +108,6 @@ def _unit(process, common, image, digests, settings, template):
     name = process["name"]
     notify_socket = f"{settings['directories']['run']}/private/{name}.notify"
     arguments = [
-        f"--name={name}",
         f"--hostname={name[:63]}",
         f"--label={PROCESS_LABEL}={name}",
         *common,
@@ -127,6 +127,7 @@ def _unit(process, common, image, digests, settings, template):
         "stop_grace": settings["process"]["stop_grace"],
         "start_timeout": settings["process"]["start_timeout"],
         "after": "postgresql.service redis-server@synapse.service",
+        "helpers": HELPERS,
     }
     # The digest covers the unit as well, so it is taken before it stands in there.
     inputs = hashlib.sha256(

@@ -4,7 +4,7 @@ Synapse's processes are gone:
   synapse_process.pruned:
     - keep: []
 
-The units' helper is gone:
+The units' helpers are gone:
   file.absent:
     - name: /usr/local/lib/matrix-synapse
     - require:

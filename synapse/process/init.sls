@@ -13,18 +13,22 @@ Python is installed on the host:
   pkg.installed:
     - name: python3-minimal
 
-The units' helper is in place:
+{%- for helper in ("create-container.sh", "wait-until-ready.py") %}
+
+The units' helper {{ helper }} is in place:
   file.managed:
-    - name: /usr/local/lib/matrix-synapse/wait-until-ready
-    - source: salt://synapse/process/files/wait-until-ready.py
+    - name: /usr/local/lib/matrix-synapse/{{ helper.partition(".")[0] }}
+    - source: salt://synapse/process/files/{{ helper }}
     - mode: "0755"
     - makedirs: true
+    - require_in:
+      - synapse_process: Synapse's processes are running
+{%- endfor %}
 
 Synapse's processes are running:
   synapse_process.running:
     - require:
       - pkg: Python is installed on the host
-      - file: The units' helper is in place
       - cmd: Synapse's Docker network exists
       - synapse_config: Synapse's configuration is in place
       - cmd: The directories of Synapse's sockets exist

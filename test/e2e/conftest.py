@@ -23,7 +23,7 @@ PILLAR = {
             {"type": "stream-writer", "stream": "events", "count": 2},
             {"type": "federation-sender"},
             {"type": "background"},
-            {"type": "media-repository", "memory": "700M", "cpus": 1.5, "arguments": ["--ulimit=nofile=65536"]},
+            {"type": "media-repository", "memory": "700M", "cpus": 1.5, "arguments": ["--shm-size=16m"]},
         ]
     },
     "process": {"stop_grace": 10, "health_interval": 2},

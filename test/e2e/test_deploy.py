@@ -85,7 +85,7 @@ def test_limits_and_arguments_of_the_pillar_reach_the_container(deployed):
     media = deployed.containers()["matrix-synapse-worker-7-media-repository"]["HostConfig"]
     assert media["Memory"] == 700 * 1024 * 1024
     assert media["NanoCpus"] == 1_500_000_000
-    assert media["Ulimits"] == [{"Name": "nofile", "Hard": 65536, "Soft": 65536}]
+    assert media["ShmSize"] == 16 * 1024 * 1024
     assert deployed.containers()["matrix-synapse"]["HostConfig"]["Memory"] == 0
 
 
