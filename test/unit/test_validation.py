@@ -6,6 +6,7 @@ opened but files to read.
 """
 
 import json
+import pathlib
 import re
 from collections import namedtuple
 
@@ -13,6 +14,7 @@ import pytest
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
+ROOT = pathlib.Path(__file__).parents[2]
 MASKED = "**********"
 # Stands in every secret of this page: no message may hold it.
 HUSH = "hush"
@@ -641,6 +643,12 @@ def test_a_good_pillar_has_no_fault(minion, settings):
         "data/secrets/signing.key", f"ed25519 a_{'old' if 'signing_key:old' in settings else 'hush'} {HUSH:A<43}\n"
     )
     assert minion.run(minion.good_pillar(settings)).synapse_workers.validate() == []
+
+
+def test_the_example_has_no_fault(minion):
+    pillar = salt.utils.yaml.safe_load((ROOT / "pillar.example").read_text())["synapse"]
+    pillar["directories"] = minion.directories
+    assert minion.run(pillar).synapse_workers.validate() == []
 
 
 FORMER_ENTRIES = [
