@@ -27,12 +27,13 @@ class Deployment:
         host.write("/srv/pillar/top.sls", "base:\n  '*':\n    - synapse\n")
 
     def apply(self, sls="synapse", check=True, **kwargs):
-        """Apply a state; return ``{state id: changes}`` of those with changes. With ``check``, all states succeed."""
+        """Apply a state; return ``{state id: changes}`` of those that did, or would do, anything. With ``check``, all
+        states succeed."""
         self.write_pillar()
         states = self.host.salt("state.apply", sls, **kwargs).values()
         failed = [f"{state['__id__']}: {state['comment']}" for state in states if state["result"] is False]
         assert not (check and failed), "\n".join(failed)
-        return {state["__id__"]: state["changes"] for state in states if state["changes"]}
+        return {state["__id__"]: state["changes"] for state in states if state["changes"] or state["result"] is None}
 
     def refused(self, sls="synapse", **kwargs):
         """Apply a state that fails; return the comments of the states that failed."""
