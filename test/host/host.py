@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import re
@@ -40,7 +41,6 @@ IMAGES = HERE / "images"
 ROOTFS = HERE / "rootfs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "synapse-formula"
 OUR_ENGINE = f"unix://{CACHE}/engine/docker.sock"
-BRIDGE_ADDRESS = "172.31.253.1/24"
 LABEL = "synapse-formula"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -144,13 +144,22 @@ def _start_engine():
 def _bridge():
     """Return the engine's network bridge: one of its own, as any other dockerd may remove docker0."""
     if not Path("/sys/class/net", LABEL).exists():
-        for command in (
+        commands = [
             f"ip link add {LABEL} mtu {_mtu()} type bridge",
-            f"ip address add {BRIDGE_ADDRESS} dev {LABEL}",
+            f"ip address add {_free_network()[1]}/24 dev {LABEL}",
             f"ip link set {LABEL} up",
-        ):
+        ]
+        for command in commands:
             subprocess.run(command.split(), check=True)
     return LABEL
+
+
+def _free_network():
+    """Return a private network that no route of this machine leads to."""
+    routes = subprocess.run(["ip", "-json", "-4", "route"], capture_output=True, check=True).stdout
+    taken = [ipaddress.ip_network(route["dst"]) for route in json.loads(routes) if route["dst"] != "default"]
+    candidates = ipaddress.ip_network("172.31.0.0/16").subnets(new_prefix=24)
+    return next(network for network in candidates if not any(map(network.overlaps, taken)))
 
 
 def _mtu():
@@ -360,6 +369,7 @@ class Host:
             host.down()
             docker("volume", "create", "--label", f"{LABEL}={name}", host.volume)
             docker("create", "--label", f"{LABEL}.recipe={recipe}", *arguments)
+            progress(f"{name} boots for the first time")
         if host._inspect("{{.State.Running}}") != "true":
             host._hand_over()
         host._start()
@@ -467,6 +477,7 @@ class Host:
 
     def _load(self, file):
         if self.run("docker", "image", "inspect", SYNAPSE_IMAGE, check=False).returncode:
+            progress(f"{self.name} loads {SYNAPSE_IMAGE}")
             self.run("docker", "load", "--quiet", "--input", f"/srv/images/{file.name}")
 
 
