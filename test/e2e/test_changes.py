@@ -1,0 +1,198 @@
+"""What an apply restarts: exactly the processes whose inputs changed, each once; and what it removes."""
+
+import copy
+import json
+
+import pytest
+from deployment import MAIN, until
+
+PROCESSES = "Synapse's processes are running"
+BACKGROUND = "matrix-synapse-worker-6-background"
+
+
+def restarted(deployed, before):
+    after = deployed.starts()
+    return {name for name in before if name in after and after[name] != before[name]}
+
+
+def worker(deployed, kind):
+    return next(entry for entry in deployed.pillar["workers"]["list"] if entry["type"] == kind)
+
+
+def applied_exactly(deployed):
+    """Apply; what a test run says before is what the run does, and after it there is nothing left to do."""
+    said = deployed.apply(test=True)
+    done = deployed.apply()
+    assert set(said) == set(done)
+    assert said.get(PROCESSES) == done.get(PROCESSES)
+    assert deployed.apply(test=True) == {}
+    return done
+
+
+def test_a_change_of_one_worker_restarts_only_that_worker(deployed):
+    before = deployed.starts()
+    worker(deployed, "background")["config"] = {"enable_metrics": False}
+    done = applied_exactly(deployed)
+    assert restarted(deployed, before) == {BACKGROUND}
+    assert done[PROCESSES] == {BACKGROUND: {"old": "outdated", "new": "running"}}
+
+
+def test_a_new_log_level_or_limit_of_one_worker_restarts_only_that_worker(deployed):
+    before = deployed.starts()
+    worker(deployed, "background").update(log_level="DEBUG", memory="400M")
+    applied_exactly(deployed)
+    assert restarted(deployed, before) == {BACKGROUND}
+    assert deployed.containers()[BACKGROUND]["HostConfig"]["Memory"] == 400 * 1024 * 1024
+
+
+def test_one_more_generic_worker_restarts_nobody(deployed):
+    before = deployed.starts()
+    worker(deployed, "generic")["count"] = 3
+    applied_exactly(deployed)
+    assert restarted(deployed, before) == set()
+    assert "matrix-synapse-worker-8-generic" in deployed.starts()
+    nginx = deployed.host.read("/etc/nginx/conf.d/matrix-synapse.conf")
+    assert "matrix-synapse-worker-8-generic.sock" in nginx
+
+
+def test_a_worker_that_left_the_pillar_leaves_nothing(deployed):
+    before = deployed.starts()
+    worker(deployed, "generic")["count"] = 1
+    done = applied_exactly(deployed)
+    gone = "matrix-synapse-worker-1-generic"
+    assert gone in done["Nothing is left of removed workers"]
+    assert restarted(deployed, before) == set()
+    host = deployed.host
+    assert gone not in deployed.starts()
+    assert host.run("systemctl", "show", "--property=LoadState", "--value", f"{gone}.service").stdout.strip() == "not-found"
+    assert gone not in host.run("systemctl", "list-units", "--all", "--plain").stdout
+    found = host.sh(f"find /etc /run /var/lib/matrix-synapse -name '*{gone}*' 2>/dev/null || true").stdout
+    assert found == ""
+    assert gone not in host.read("/etc/nginx/conf.d/matrix-synapse.conf")
+
+
+def test_a_worker_that_failed_leaves_no_ghost_when_it_is_removed(deployed):
+    host = deployed.host
+    host.sh(f"echo 'worker_app: nonsense' > /etc/matrix-synapse/workers/{BACKGROUND}.yaml; systemctl kill -s KILL {BACKGROUND}")
+    deployed.pillar["workers"]["list"] = [e for e in deployed.pillar["workers"]["list"] if e["type"] != "background"]
+    deployed.apply()
+    assert BACKGROUND not in host.run("systemctl", "list-units", "--all", "--plain").stdout
+    assert deployed.apply(test=True) == {}
+
+
+def test_the_order_of_the_pillar_changes_nothing(deployed):
+    deployed.pillar["workers"]["list"].reverse()
+    assert deployed.apply() == {}
+
+
+def test_a_shared_change_restarts_every_process_once(deployed):
+    before = deployed.starts()
+    deployed.pillar["config"]["presence"] = {"enabled": False}
+    done = applied_exactly(deployed)
+    assert restarted(deployed, before) == set(before)
+    assert set(done[PROCESSES]) == set(before)
+    counts = deployed.host.salt("synapse_process.states", deployed.names())
+    assert {state["NRestarts"] for state in counts.values()} == {"0"}
+
+
+def test_a_run_that_was_killed_before_the_restart_is_put_right_by_the_next(deployed):
+    before = deployed.starts()
+    worker(deployed, "background")["config"] = {"enable_metrics": False}
+    # The files of a run that got no further.
+    deployed.apply("synapse.config")
+    assert restarted(deployed, before) == set()
+    applied_exactly(deployed)
+    assert restarted(deployed, before) == {BACKGROUND}
+
+
+def test_a_run_that_was_killed_before_nginx_reloaded_is_put_right_by_the_next(deployed):
+    file = "/etc/nginx/conf.d/matrix-synapse.conf"
+    deployed.pillar["max_upload_size"] = "60M"
+    deployed.apply()
+    good = deployed.host.read(file)
+    # As if the file was written, but nginx never told: it runs the one before.
+    deployed.host.sh(f"sed -i 's/60M/50M/; s/return 200 \"[0-9a-f]*\"/return 200 \"other\"/' {file}; systemctl reload nginx")
+    deployed.host.write(file, good)
+    assert set(deployed.apply()) == {"nginx runs with this configuration"}
+
+
+def test_a_configuration_that_synapse_refuses_replaces_nothing(deployed):
+    before, good = deployed.starts(), deployed.host.read("/etc/matrix-synapse/homeserver.yaml")
+    deployed.pillar["config"]["turn_uris"] = 5
+    deployed.pillar["config"]["media_retention"] = "nonsense"
+    comment = deployed.refused()
+    assert "Synapse does not accept the configuration" in comment
+    assert deployed.host.read("/etc/matrix-synapse/homeserver.yaml") == good
+    assert restarted(deployed, before) == set()
+    assert deployed.host.sh("ls -A /etc/matrix-synapse | grep candidate || true").stdout == ""
+
+
+def test_a_configuration_that_nginx_refuses_replaces_nothing(deployed):
+    file = "/etc/nginx/conf.d/matrix-synapse.conf"
+    good = deployed.host.read(file)
+    deployed.pillar["nginx"]["client"]["tls"] = {"certificate": "/nowhere/cert.pem", "key": "/nowhere/key.pem"}
+    deployed.refused()
+    assert deployed.host.read(file) == good
+    deployed.host.run("nginx", "-t")
+
+
+def test_tls_from_given_certificate_files(deployed):
+    host, directory = deployed.host, "/etc/ssl/synapse-test"
+    host.sh(
+        f"mkdir -p {directory}; openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=example.org"
+        f" -keyout {directory}/key.pem -out {directory}/cert.pem 2>/dev/null"
+    )
+    deployed.pillar["nginx"]["client"] = {
+        "listen": ["8443"],
+        "tls": {"certificate": f"{directory}/cert.pem", "key": f"{directory}/key.pem"},
+    }
+    deployed.apply()
+    url = "https://127.0.0.1:8443/_matrix/client/versions"
+    assert "versions" in json.loads(host.run("curl", "--silent", "--insecure", url).stdout)
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"workers": {"list": [{"type": "pushr"}]}}, "synapse:workers:list:0:type"),
+        ({"workers": {"list": [{"type": "background", "count": 2}]}}, "synapse:workers:list:0"),
+        ({"config": {"run_background_tasks_on": "nobody"}}, "synapse:config:run_background_tasks_on"),
+        ({"server_name": "another.example"}, "synapse:server_name"),
+    ],
+)
+def test_a_bad_pillar_gets_a_clear_error_and_changes_nothing(deployed, change, path):
+    fingerprint = "find /etc /var/lib/matrix-synapse /usr/local -newer /run/mark -type f | grep -v -e resolv.conf || true"
+    before = deployed.starts()
+    deployed.pillar = {**copy.deepcopy(deployed.pillar), **change}
+    deployed.host.run("touch", "/run/mark")
+    comment = deployed.refused()
+    assert path in comment
+    assert deployed.refused(test=True) == comment
+    assert deployed.host.sh(fingerprint).stdout == ""
+    assert deployed.starts() == before
+
+
+def test_the_signing_key_and_the_generated_secrets_stay(deployed):
+    read = "sha256sum /var/lib/matrix-synapse/secrets/*"
+    before = deployed.host.sh(read).stdout
+    deployed.pillar["config"]["presence"] = {"enabled": False}
+    deployed.apply()
+    assert deployed.host.sh(read).stdout == before
+
+
+def test_a_secret_of_the_pillar_takes_the_place_of_the_generated_one(deployed):
+    before = deployed.starts()
+    deployed.pillar["secrets"] = {"macaroon": "a-secret-of-the-operator-0123456789"}
+    applied_exactly(deployed)
+    assert deployed.host.read("/var/lib/matrix-synapse/secrets/macaroon") == "a-secret-of-the-operator-0123456789"
+    assert restarted(deployed, before) == set(before)
+
+
+def test_processes_that_shall_not_run_are_stopped_and_stay_in_place(deployed):
+    deployed.pillar["process"]["running"] = False
+    applied_exactly(deployed)
+    assert deployed.containers() == {}
+    assert deployed.active(MAIN) == "inactive"
+    deployed.pillar["process"]["running"] = True
+    applied_exactly(deployed)
+    until(deployed.all_healthy, "all run again")

@@ -1,0 +1,179 @@
+"""What systemd makes of the units: who takes whom along, and who comes back."""
+
+import pytest
+from deployment import MAIN, until
+
+GENERIC = "matrix-synapse-worker-0-generic"
+BACKGROUND = "matrix-synapse-worker-6-background"
+
+
+@pytest.fixture(autouse=True)
+def _all_healthy(deployed):
+    """Every test finds all processes healthy, and has to leave them so."""
+    yield
+    deployed.systemctl("start", *[f"{name}.service" for name in deployed.names()])
+    until(deployed.all_healthy, "every process is healthy again", 120)
+
+
+def workers(deployed):
+    return [name for name in deployed.names() if name != MAIN]
+
+
+def states(deployed):
+    return {name: state["ActiveState"] for name, state in deployed.host.salt("synapse_process.states", deployed.names()).items()}
+
+
+def monotonic(deployed, name, event):
+    """When a unit entered a state, in microseconds since boot."""
+    return int(deployed.systemctl("show", f"--property={event}", "--value", f"{name}.service").stdout)
+
+
+def test_stopping_main_stops_every_process_and_leaves_no_container(deployed):
+    deployed.systemctl("stop", f"{MAIN}.service")
+    assert set(states(deployed).values()) == {"inactive"}
+    assert deployed.containers() == {}
+    assert deployed.host.sh("ls /run/matrix-synapse/public /run/matrix-synapse/private | grep notify || true").stdout == ""
+
+
+def test_starting_main_starts_every_worker_in_parallel_once_main_is_healthy(deployed):
+    deployed.systemctl("stop", f"{MAIN}.service")
+    deployed.systemctl("start", f"{MAIN}.service")
+    # systemctl waits for main alone.
+    assert deployed.healthy(MAIN)
+    until(lambda: set(states(deployed).values()) == {"active"}, "every worker is started", 120)
+    assert deployed.all_healthy()
+    ready = monotonic(deployed, MAIN, "ActiveEnterTimestampMonotonic")
+    begun = [monotonic(deployed, name, "InactiveExitTimestampMonotonic") for name in workers(deployed)]
+    done = [monotonic(deployed, name, "ActiveEnterTimestampMonotonic") for name in workers(deployed)]
+    assert all(ready <= time <= ready + 1_000_000 for time in begun), "each as soon as main is ready"
+    assert max(begun) < min(done), "all begin before the first is done"
+
+
+def test_restarting_main_restarts_each_worker_once(deployed):
+    before = deployed.starts()
+    deployed.systemctl("restart", f"{MAIN}.service")
+    until(lambda: set(states(deployed).values()) == {"active"}, "every process is started", 120)
+    after = deployed.starts()
+    assert all(after[name] > before[name] for name in before)
+    # A process that was started twice would say so in the journal.
+    script = "journalctl --since '-2min' --output cat --unit '{}.service' | grep --count '^Started'"
+    assert {deployed.host.sh(script.format(name)).stdout.strip() for name in workers(deployed)} <= {"1", "2"}
+    assert deployed.starts() == after
+
+
+def test_starting_one_worker_pulls_main_in(deployed):
+    deployed.systemctl("stop", f"{MAIN}.service")
+    deployed.systemctl("start", f"{GENERIC}.service")
+    assert states(deployed)[MAIN] == "active"
+    assert deployed.healthy(MAIN)
+    assert deployed.healthy(GENERIC)
+
+
+def test_stopping_one_worker_stops_only_it(deployed):
+    before = deployed.starts()
+    deployed.systemctl("stop", f"{BACKGROUND}.service")
+    found = states(deployed)
+    assert found.pop(BACKGROUND) == "inactive"
+    assert set(found.values()) == {"active"}
+    del before[BACKGROUND]
+    assert deployed.starts() == before
+
+
+@pytest.mark.parametrize("name", [GENERIC, BACKGROUND])
+def test_a_killed_worker_comes_back_by_itself_and_alone(deployed, name):
+    before = deployed.starts()
+    deployed.kill(name)
+    until(lambda: deployed.starts().get(name, "") > before[name] and deployed.healthy(name), "it is back")
+    after = deployed.starts()
+    assert {other for other in before if after[other] != before[other]} == {name}
+
+
+def test_a_killed_main_comes_back_by_itself_and_no_worker_stays_dead(deployed):
+    before = deployed.starts()[MAIN]
+    deployed.kill(MAIN)
+    until(lambda: deployed.starts().get(MAIN, "") > before and deployed.all_healthy(), "all are back", 120)
+
+
+def test_a_killed_docker_client_brings_the_process_back(deployed):
+    """The unit's main process is the client, not Synapse."""
+    before = deployed.starts()[GENERIC]
+    pid = deployed.systemctl("show", "--property=MainPID", "--value", f"{GENERIC}.service").stdout.strip()
+    deployed.host.run("kill", "-KILL", pid)
+    until(lambda: deployed.starts().get(GENERIC, "") > before and deployed.healthy(GENERIC), "it is back")
+
+
+@pytest.mark.parametrize("how", ["systemctl restart docker", "systemctl kill --signal=KILL docker"])
+def test_all_come_back_after_the_docker_daemon(deployed, how):
+    before = deployed.starts()
+    deployed.host.sh(how)
+    until(
+        lambda: (after := deployed.starts()) and after.keys() == before.keys() and all(after[n] > before[n] for n in before),
+        "every container is started anew",
+        180,
+    )
+    until(deployed.all_healthy, "all are healthy", 120)
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_all_come_back_after_the_machine(deployed, how):
+    """An orderly reboot, and a power failure."""
+    getattr(deployed.host, how)()
+    until(deployed.all_healthy, "all are healthy", 180)
+    alice = deployed.user()
+    alice.say(alice.room(), "still here")
+    assert deployed.apply() == {}
+
+
+def test_all_come_back_after_the_database(deployed):
+    before = deployed.starts()
+    deployed.systemctl("restart", "postgresql@15-main", "redis-server@synapse")
+    until(deployed.all_healthy, "all are healthy", 120)
+    alice = deployed.user()
+    alice.say(alice.room(), "the database is back")
+    assert deployed.starts() == before, "nobody had to be restarted"
+
+
+def test_what_a_crash_left_behind_blocks_no_start(deployed):
+    deployed.systemctl("stop", f"{GENERIC}.service")
+    public, private = (f"/run/matrix-synapse/{side}/{GENERIC}.sock" for side in ("public", "private"))
+    left = f"touch {public} {private}; ln -s 1 {public}.lock; ln -s 1 {private}.lock; touch {private[:-5]}.notify"
+    deployed.host.sh(f"{left}; docker create --name {GENERIC} matrixdotorg/synapse:v1.163.2 run")
+    deployed.systemctl("start", f"{GENERIC}.service")
+    assert deployed.healthy(GENERIC)
+
+
+def test_nginx_answers_at_once_after_a_process_was_restarted(deployed):
+    alice = deployed.user()
+    for name in (GENERIC, "matrix-synapse-worker-1-generic"):
+        deployed.systemctl("restart", f"{name}.service")
+        for _ in range(10):
+            alice.ask("GET", "/_matrix/client/v3/account/whoami")
+
+
+def test_a_unit_that_is_after_main_starts_when_main_answers(deployed):
+    host = deployed.host
+    probe = "curl --silent --fail --unix-socket /run/matrix-synapse/public/matrix-synapse.sock http://localhost/health"
+    host.write(
+        "/run/systemd/system/after-synapse.service",
+        f"[Unit]\nWants={MAIN}.service\nAfter={MAIN}.service\n[Service]\nType=oneshot\nExecStart={probe}\n",
+    )
+    host.sh(f"systemctl daemon-reload; systemctl stop {MAIN}; systemctl start after-synapse")
+    assert host.run("systemctl", "show", "--property=Result", "--value", "after-synapse").stdout.strip() == "success"
+
+
+def test_no_unit_sleeps_and_systemd_finds_no_fault(deployed):
+    files = [f"/etc/systemd/system/{name}.service" for name in deployed.names()]
+    text = deployed.host.run("cat", *files).stdout
+    assert "sleep" not in text
+    assert "RestartSec" not in text
+    assert deployed.host.run("systemd-analyze", "verify", *files).stderr == ""
+
+
+def test_a_bad_start_is_given_up_at_once(deployed):
+    """A process that dies before it is ready does not cost the whole time-out."""
+    path = f"/etc/matrix-synapse/workers/{BACKGROUND}.yaml"
+    good = deployed.host.read(path)
+    deployed.host.sh(f"systemctl stop {BACKGROUND}; echo 'worker_app: synapse.app.nonsense' > {path}")
+    done = deployed.host.run("timeout", "60", "systemctl", "start", f"{BACKGROUND}.service", check=False)
+    assert done.returncode == 1
+    deployed.host.sh(f"systemctl stop {BACKGROUND}; cat > {path}", input=good)
