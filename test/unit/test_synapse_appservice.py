@@ -131,7 +131,7 @@ WRONG = [
     ({"sender_localpart": 5}, "sender_localpart: 5"),
     ({"sender_localpart": "b" * 250}, "at most 255 characters"),
     ({"namespaces": ...}, "namespaces: is missing"),
-    ({"namespaces": []}, "namespaces: [] is not right"),
+    ({"namespaces": []}, "namespaces: []"),
     ({"namespaces": {"user": []}}, "did you mean users?"),
     ({"namespaces": {"users": None}}, "namespaces:users: null"),
     ({"namespaces": {"users": {"exclusive": True, "regex": "a"}}}, "it must be a list"),
@@ -192,9 +192,9 @@ def test_no_two_appservices_share_a_user_or_a_token(minion):
     tokens = {"as_token": TOKEN + "a", "hs_token": TOKEN + "b"}
     found = minion.faults(a=an_entry(**tokens), b=an_entry(hs_token=TOKEN + "a"))
     assert found == [
-        'synapse:appservices:b:registration:sender_localpart: "bot" is not right here:'
+        'synapse:appservices:b:registration:sender_localpart: "bot":'
         " synapse:appservices:a:registration has the same: each appservice needs a user of its own",
-        "synapse:appservices:b:registration:hs_token: (a secret, not shown) is not right here:"
+        "synapse:appservices:b:registration:hs_token: (a secret, not shown):"
         " synapse:appservices:a:registration:as_token is the same: each token must be another",
     ]
 
