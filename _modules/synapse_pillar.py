@@ -118,7 +118,11 @@ def fault(path, value, right, secret=False):
 
 
 def _shown(value):
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except TypeError:
+        # YAML has keys that JSON has not.
+        text = str(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 

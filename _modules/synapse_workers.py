@@ -343,7 +343,7 @@ def _shared(processes, settings, workers):
         others = [process["name"] for process in processes if process["type"] == traits.get("else_written_by")]
         if others and stream not in writers:
             writers[stream] = others
-    proxies = settings["config"].get("outbound_federation_restricted_to", [])
+    proxies = settings["config"].get("outbound_federation_restricted_to") or []
     called = [MAIN, *(name for names in writers.values() for name in names), *proxies]
     shared["stream_writers"] = writers
     shared["instance_map"] = {

@@ -5,6 +5,8 @@ Each row of the table is a pillar with one fault. "changes nothing" needs no pro
 opened but files to read.
 """
 
+import contextlib
+import datetime
 import json
 import pathlib
 import re
@@ -173,6 +175,7 @@ PROCESSES = {
     "an interval of half a second": row({"process:health_interval": 0.5}, "a whole number"),
     "running in words": row({"process:running": "no"}, "true or false"),
     "an upload size as Synapse's documents never write it": row({"max_upload_size": "50MB"}, "such as 50M"),
+    "an upload size as a date": row({"max_upload_size": {datetime.date(2026, 1, 1): None}}, "such as 50M"),
     "an upload size as a number": row({"max_upload_size": 52428800}, "such as 50M"),
 }
 
@@ -519,7 +522,9 @@ KINDS = {dict: "a mapping", list: "a list", str: "a string"}
 
 
 def shows(line, value):
-    shown = [json.dumps(value, default=str, ensure_ascii=False)[:100], KINDS.get(type(value), "a value")]
+    shown = [str(value), KINDS.get(type(value), "a value")]
+    with contextlib.suppress(TypeError):
+        shown.append(json.dumps(value, default=str, ensure_ascii=False)[:100])
     if isinstance(value, list):
         # Of several names, the wrong one is told.
         shown += map(json.dumps, value)
@@ -626,6 +631,7 @@ GOOD = {
         "config:outbound_federation_restricted_to": ["matrix-synapse-worker-0-generic"],
     },
     "a worker elsewhere": {"config": {"instance_map": {"far": {"host": "b", "port": 1}}, "pusher_instances": ["far"]}},
+    "no proxies": {"config:outbound_federation_restricted_to": None},
     "null and numbers": {"config": {"presence": None, "rc_message": {"per_second": 0.2, "burst_count": 10}}},
     "a signing key in a block": {"signing_key:current": SIGNING_KEY + "\n"},
     "a signing key replaced": {
@@ -645,10 +651,27 @@ def test_a_good_pillar_has_no_fault(minion, settings):
     assert minion.run(minion.good_pillar(settings)).synapse_workers.validate() == []
 
 
+EXAMPLE = (ROOT / "pillar.example").read_text(encoding="utf-8")
+
+
 def test_the_example_has_no_fault(minion):
-    pillar = salt.utils.yaml.safe_load((ROOT / "pillar.example").read_text())["synapse"]
-    pillar["directories"] = minion.directories
-    assert minion.run(pillar).synapse_workers.validate() == []
+    pillar = salt.utils.yaml.safe_load(EXAMPLE)["synapse"]
+    assert minion.run({**pillar, "directories": minion.directories}).synapse_workers.validate() == []
+
+
+def test_the_example_shows_every_setting_and_each_is_right(minion):
+    def settings(mapping, path=""):
+        for key, value in mapping.items():
+            yield path + key
+            if isinstance(value, dict):
+                yield from settings(value, f"{path}{key}:")
+
+    known = minion.synapse_pillar.knowledge()
+    # A comment's text begins with one space or stands in deeper lines; a setting follows the sign at once, or indented.
+    shown = re.sub(r'^(\s*)#(?! \S)(\s*(?:- )?[\w".@:-]+:(?: .*)?)$', r"\1\2", EXAMPLE, flags=re.MULTILINE)
+    pillar = salt.utils.yaml.safe_load(shown)["synapse"]
+    assert minion.synapse_pillar.check(pillar, known["schema"]["pillar"], "synapse", known) == []
+    assert sorted(set(settings(known["defaults"])) - set(settings(pillar))) == []
 
 
 FORMER_ENTRIES = [
