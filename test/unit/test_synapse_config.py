@@ -1,0 +1,473 @@
+"""
+The files that Synapse reads: what stands in them, who reads which, and what a run would write.
+"""
+
+import base64
+import json
+import os
+import re
+import stat
+
+import pytest
+import salt.utils.yaml
+from salt.exceptions import CommandExecutionError
+
+GENERIC = {"type": "generic"}
+PUSHER = {"type": "pusher"}
+TYPING = {"type": "stream-writer", "stream": "typing"}
+REGISTRATION = {"url": None, "sender_localpart": "bot", "namespaces": {}, "as_token": "a" * 16, "hs_token": "b" * 16}
+SECRET = "hush-0123456789abcdef"
+OLD_KEY = f"ed25519 a_old {'A' * 43}\n"
+NEW_KEY = f"ed25519 a_new {'B' * 43}\n"
+PROCESSES = [
+    "matrix-synapse",
+    "matrix-synapse-worker-0-generic",
+    "matrix-synapse-worker-1-pusher",
+    "matrix-synapse-worker-2-stream-writer-typing",
+]
+
+
+@pytest.fixture(autouse=True)
+def account(minion):
+    minion.salt |= {"file.user_to_uid": lambda name: os.getuid(), "file.group_to_gid": lambda name: os.getgid()}
+
+
+@pytest.fixture
+def config(minion):
+    return minion.synapse_config
+
+
+def homeserver(minion, settings=None):
+    planned = minion.plan(settings)
+    registrations = minion.synapse_appservice.registrations()
+    return minion.synapse_config.homeserver(minion.synapse_pillar.settings(), planned, registrations)
+
+
+def write_everything(minion):
+    """As a run does it, without Synapse's own check."""
+    for path, text in minion.synapse_config.files().items():
+        minion.write(os.path.relpath(path, minion.directory), text)
+
+
+def texts(minion):
+    """All that stands below the directory of the configuration."""
+    paths = (minion.directory / "config").rglob("*")
+    return {path: path.read_text() if path.is_file() else None for path in paths}
+
+
+def relative(minion, paths):
+    return sorted(os.path.relpath(path, minion.directory) for path in paths)
+
+
+# homeserver.yaml
+
+
+def test_the_least_homeserver(minion):
+    data, settings = f"{minion.directory}/data", homeserver(minion)
+    assert settings["server_name"] == "example.org"
+    assert settings["public_baseurl"] == "https://example.org/"
+    assert settings["report_stats"] is False
+    assert settings["media_store_path"] == f"{data}/media"
+    assert settings["log_config"] == f"{minion.directory}/config/log-info.yaml"
+    assert settings["redis"] == {"enabled": True, "path": "/run/redis-synapse/redis.sock"}
+    assert settings["app_service_config_files"] == []
+    assert [listener["path"].rsplit("/", 2)[1] for listener in settings["listeners"]] == ["private", "public"]
+    assert settings["database"] == {
+        "name": "psycopg2",
+        "args": {
+            "user": "synapse",
+            "dbname": "synapse",
+            "host": "/run/postgresql",
+            "port": 5432,
+            "cp_min": 1,
+            "cp_max": 10,
+        },
+    }
+
+
+def test_secrets_are_named_by_their_files_alone(minion):
+    given = {f"secrets:{name}": f"{SECRET}{name}" for name in ("replication", "macaroon", "form", "registration")}
+    settings = homeserver(minion, {**given, "signing_key:current": NEW_KEY})
+    data = f"{minion.directory}/data"
+    assert {key: settings[key] for key in settings if key.endswith("_path") and key != "media_store_path"} == {
+        "worker_replication_secret_path": f"{data}/secrets/replication",
+        "macaroon_secret_key_path": f"{data}/secrets/macaroon",
+        "form_secret_path": f"{data}/secrets/form",
+        "registration_shared_secret_path": f"{data}/secrets/registration",
+        "signing_key_path": f"{data}/secrets/signing.key",
+    }
+    texts = "".join(minion.synapse_config.files().values())
+    assert SECRET not in texts
+    assert NEW_KEY.strip() not in texts
+
+
+def test_old_signing_keys_are_published(minion):
+    old = {"ed25519:a_old": {"key": "A" * 43, "expired_ts": 1}}
+    assert homeserver(minion, {"signing_key:old": old})["old_signing_keys"] == old
+
+
+def test_what_the_plan_says_stands_in_it(minion):
+    settings = homeserver(minion, {"workers:preset": "one-of-each"})
+    shared = minion.synapse_workers.plan()["shared"]
+    assert {key: settings[key] for key in shared} == shared
+    assert settings["enable_media_repo"] is False
+
+
+def test_the_operators_settings_win_and_are_merged_deeply(minion):
+    settings = homeserver(
+        minion,
+        {
+            "config": {
+                "report_stats": True,
+                "database": {"args": {"cp_max": 5, "keepalives_idle": 10}},
+                "rc_message": {"per_second": 0.5},
+                "federation_sender_instances": ["master"],
+            },
+            "workers:list": [{"type": "federation-sender"}],
+        },
+    )
+    assert settings["report_stats"] is True
+    assert settings["database"]["name"] == "psycopg2"
+    assert settings["database"]["args"]["dbname"] == "synapse"
+    assert settings["database"]["args"]["cp_max"] == 5
+    assert settings["database"]["args"]["keepalives_idle"] == 10
+    assert settings["rc_message"] == {"per_second": 0.5}
+    # A list is one value.
+    assert settings["federation_sender_instances"] == ["master"]
+
+
+def test_an_external_database_is_reached_as_the_pillar_says(minion):
+    postgres = {"managed": False, "host": "db.example.org", "port": 5433, "user": "matrix", "password": SECRET}
+    assert homeserver(minion, {"postgres": postgres})["database"]["args"] == {
+        "user": "matrix",
+        "password": SECRET,
+        "dbname": "synapse",
+        "host": "db.example.org",
+        "port": 5433,
+        "cp_min": 1,
+        "cp_max": 10,
+    }
+
+
+@pytest.mark.parametrize(
+    ("redis", "expected"),
+    [
+        ({"host": "redis.example.org"}, {"host": "redis.example.org", "port": 6379}),
+        ({"host": "::1", "port": 6380, "password": SECRET}, {"host": "::1", "port": 6380, "password": SECRET}),
+        ({"host": "/run/redis/redis.sock"}, {"path": "/run/redis/redis.sock"}),
+    ],
+)
+def test_an_external_redis_is_reached_as_the_pillar_says(minion, redis, expected):
+    assert homeserver(minion, {"redis": {"managed": False, **redis}})["redis"] == {"enabled": True, **expected}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["/run/postgresql", "/run/redis-synapse"]),
+        ({"redis": {"managed": False, "host": "/run/redis/redis.sock"}}, ["/run/postgresql", "/run/redis"]),
+        ({"postgres": {"managed": False, "host": "/run/pg17"}}, ["/run/pg17", "/run/redis-synapse"]),
+        (
+            {
+                "postgres": {"managed": False, "host": "db", "password": "x"},
+                "redis": {"managed": False, "host": "redis.example.org"},
+            },
+            [],
+        ),
+    ],
+)
+def test_only_sockets_that_are_used_are_mounted(minion, config, settings, expected):
+    minion.run(minion.good_pillar(settings))
+    assert config.sockets_to_mount() == expected
+
+
+# All files
+
+
+def test_files_are_those_of_the_plan(minion, config):
+    settings = {
+        "workers:list": [GENERIC, {**PUSHER, "log_level": "DEBUG"}],
+        "appservices:bridge:registration": REGISTRATION,
+        "log:loggers": {"synapse.http": "WARNING"},
+    }
+    minion.run(minion.good_pillar(settings))
+    files = {os.path.relpath(path, minion.directory): text for path, text in config.files().items()}
+    assert sorted(files) == [
+        "config/appservices/bridge.yaml",
+        "config/homeserver.yaml",
+        "config/log-debug.yaml",
+        "config/log-info.yaml",
+        "config/roster.json",
+        "config/workers/matrix-synapse-worker-0-generic.yaml",
+        "config/workers/matrix-synapse-worker-1-pusher.yaml",
+    ]
+    read = {path: salt.utils.yaml.safe_load(text) for path, text in files.items()}
+    assert read["config/homeserver.yaml"] == homeserver(minion, settings)
+    assert read["config/homeserver.yaml"]["app_service_config_files"] == [
+        f"{minion.directory}/config/appservices/bridge.yaml"
+    ]
+    assert read["config/appservices/bridge.yaml"] == {"id": "bridge", **REGISTRATION}
+    assert read["config/log-debug.yaml"]["root"] == {"level": "DEBUG", "handlers": ["console"]}
+    assert read["config/log-debug.yaml"]["loggers"]["synapse.http"] == {"level": "WARNING"}
+    plan = minion.synapse_workers.plan()
+    assert read["config/workers/matrix-synapse-worker-1-pusher.yaml"] == plan["processes"][2]["config"]
+    assert json.loads(files["config/roster.json"]) == plan["roster"]
+    assert all(text.startswith("# Written by") for path, text in files.items() if path.endswith(".yaml"))
+
+
+def test_a_run_would_write_what_differs_and_nothing_twice(minion, config):
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    assert sorted(config.pending()) == sorted(config.files())
+    write_everything(minion)
+    assert config.pending() == []
+    minion.run(minion.good_pillar({"workers:list": [GENERIC, {**PUSHER, "log_level": "DEBUG"}]}))
+    assert relative(minion, config.pending()) == [
+        "config/homeserver.yaml",
+        "config/log-debug.yaml",
+        "config/roster.json",
+        "config/workers/matrix-synapse-worker-1-pusher.yaml",
+    ]
+    minion.write("config/homeserver.yaml", "changed: by hand\n")
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    assert relative(minion, config.pending()) == ["config/homeserver.yaml"]
+
+
+def test_another_generic_worker_leaves_the_files_of_others(minion, config):
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    write_everything(minion)
+    minion.run(minion.good_pillar({"workers:list": [{**GENERIC, "count": 2}]}))
+    assert relative(minion, config.pending()) == [
+        "config/roster.json",
+        "config/workers/matrix-synapse-worker-1-generic.yaml",
+    ]
+
+
+def test_files_of_what_is_gone_are_superfluous_and_others_are_not(minion, config):
+    settings = {
+        "workers:list": [GENERIC, {**PUSHER, "log_level": "DEBUG"}],
+        "appservices:bridge:registration": REGISTRATION,
+    }
+    minion.run(minion.good_pillar(settings))
+    write_everything(minion)
+    for name in ("homeserver.yaml.bak", "workers/notes.txt", "own.yaml"):
+        minion.write(f"config/{name}", "")
+    assert config.superfluous() == []
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    assert relative(minion, config.superfluous()) == [
+        "config/appservices/bridge.yaml",
+        "config/log-debug.yaml",
+        "config/workers/matrix-synapse-worker-1-pusher.yaml",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_told_by_its_path(minion, config):
+    minion.run(minion.good_pillar())
+    (minion.directory / "config/homeserver.yaml").mkdir(parents=True)
+    with pytest.raises(CommandExecutionError, match=r"config/homeserver\.yaml"):
+        config.pending()
+
+
+# Who reads what
+
+
+WORKERS = [GENERIC, PUSHER, TYPING]
+ALL, NONE = PROCESSES, []
+CHANGES = {
+    "nothing": ({}, NONE),
+    "the order": ({"workers:list": [TYPING, GENERIC, PUSHER]}, NONE),
+    "another generic worker": ({"workers:list": [*WORKERS, GENERIC]}, NONE),
+    "no generic worker": ({"workers:list": [PUSHER, TYPING]}, NONE),
+    "a worker's limits": ({"workers:list": [{**GENERIC, "memory": "1G"}, PUSHER, TYPING]}, NONE),
+    "a worker's config": ({"workers:list": [{**GENERIC, "config": {"a": 1}}, PUSHER, TYPING]}, [PROCESSES[1]]),
+    "a worker's log level": ({"workers:list": [GENERIC, {**PUSHER, "log_level": "DEBUG"}, TYPING]}, [PROCESSES[2]]),
+    "main's log level": ({"main:log_level": "DEBUG"}, ALL),
+    "another pusher": ({"workers:list": [*WORKERS, PUSHER]}, ALL),
+    "another writer": ({"workers:list": [*WORKERS, {"type": "stream-writer", "stream": "events"}]}, ALL),
+    "no writer": ({"workers:list": [GENERIC, PUSHER]}, ALL),
+    "homeserver.yaml": ({"config:report_stats": True}, ALL),
+    "a logger": ({"log:loggers:synapse.http": "DEBUG"}, ALL),
+    "a secret": ({"secrets:form": SECRET}, ALL),
+    "the signing key": ({"signing_key:current": NEW_KEY}, ALL),
+    "an appservice": ({"appservices:bridge:registration": REGISTRATION}, ALL),
+    "nginx": ({"nginx:client:listen": [8009]}, NONE),
+    "limits of all": ({"process:memory": "1G", "process:stop_grace": 5}, NONE),
+}
+
+
+@pytest.mark.parametrize(("change", "readers"), CHANGES.values(), ids=CHANGES)
+def test_a_change_changes_the_digests_of_its_readers_alone(minion, config, change, readers):
+    minion.run(minion.good_pillar({"workers:list": WORKERS}))
+    write_everything(minion)
+    before = config.digests()
+    assert list(before) == PROCESSES
+    after = minion.run(minion.good_pillar({"workers:list": WORKERS, **change})).synapse_config.digests()
+    assert [name for name in before if name in after and before[name] != after[name]] == [
+        name for name in readers if name in after
+    ]
+
+
+def test_another_log_level_is_read_by_its_readers_alone(minion, config):
+    noisy = {**PUSHER, "log_level": "DEBUG"}
+    before = minion.run(minion.good_pillar({"workers:list": [GENERIC, noisy]})).synapse_config.digests()
+    after = minion.run(
+        minion.good_pillar({"workers:list": [{**GENERIC, "log_level": "DEBUG"}, noisy]})
+    ).synapse_config.digests()
+    assert [name for name in before if before[name] != after[name]] == ["matrix-synapse-worker-0-generic"]
+
+
+def test_digests_are_the_same_before_and_after_writing(minion, config):
+    minion.run(minion.good_pillar({"workers:list": WORKERS, "secrets:form": SECRET, "signing_key:current": NEW_KEY}))
+    minion.write("data/secrets/replication", "r")
+    before = config.digests()
+    write_everything(minion)
+    minion.write("data/secrets/form", SECRET)
+    minion.write("data/secrets/signing.key", NEW_KEY)
+    assert config.digests() == before
+
+
+def test_a_secret_changed_on_the_minion_is_read_by_all(minion, config):
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    minion.write("data/secrets/macaroon", "before")
+    before = config.digests()
+    minion.write("data/secrets/macaroon", "after")
+    after = config.digests()
+    assert all(before[name] != after[name] for name in before)
+
+
+# Writing
+
+
+@pytest.fixture
+def parser(minion):
+    """Synapse's parser, which says what the test lets it say; what it was asked is kept."""
+    (minion.directory / "config").mkdir()
+    asked = []
+
+    def run_all(command, stdin, **kwargs):
+        (mount,) = (word for word in command if f"target={minion.directory}/config," in word)
+        candidate = re.search(r"source=([^,]+)", mount)[1]
+        files = [os.path.join(path, name) for path, _, names in os.walk(candidate) for name in names]
+        asked.append(
+            {
+                "command": command,
+                "readers": json.loads(stdin),
+                "files": sorted(os.path.relpath(f, candidate) for f in files),
+            }
+        )
+        return run_all.answer
+
+    run_all.answer = {"retcode": 0, "stdout": "", "stderr": ""}
+    run_all.asked = asked
+    minion.salt["cmd.run_all"] = run_all
+    return run_all
+
+
+def test_files_are_written_once_synapse_accepts_them(minion, config, parser):
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    changed = config.write("image")
+    assert sorted(changed) == sorted(config.files())
+    assert config.pending() == []
+    assert config.write("image") == []
+    (asked,) = parser.asked
+    assert list(asked["readers"]) == ["matrix-synapse", "matrix-synapse-worker-0-generic"]
+    assert "homeserver.yaml" in asked["files"]
+    assert "--network none --pull never" in " ".join(asked["command"])
+    for path in config.files():
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+    assert not list((minion.directory / "config").glob(".candidate-*"))
+
+
+def test_only_who_reads_a_changed_file_is_asked(minion, config, parser):
+    minion.run(minion.good_pillar({"workers:list": WORKERS}))
+    config.write("image")
+    minion.run(minion.good_pillar({"workers:list": [GENERIC, {**PUSHER, "config": {"a": 1}}, TYPING]}))
+    config.write("image")
+    assert list(parser.asked[-1]["readers"]) == ["matrix-synapse-worker-1-pusher"]
+
+
+def test_what_synapse_does_not_accept_changes_nothing(minion, config, parser):
+    minion.run(minion.good_pillar())
+    config.write("image")
+    before = texts(minion)
+    parser.answer = {"retcode": 1, "stdout": "Error in configuration:\n  it is bad", "stderr": ""}
+    minion.run(minion.good_pillar({"config:presence": "bad", "workers:list": [GENERIC]}))
+    with pytest.raises(CommandExecutionError, match=r"does not accept the configuration:\n.*\n  it is bad"):
+        config.write("image")
+    assert texts(minion) == before
+
+
+# Secrets
+
+
+@pytest.fixture
+def secrets(minion):
+    directory = minion.directory / "data/secrets"
+    directory.mkdir(parents=True)
+    return directory
+
+
+NAMES = ["form", "macaroon", "registration", "replication", "signing.key"]
+
+
+def test_missing_secrets_are_made_once_and_readable_by_synapse_alone(minion, config, secrets):
+    minion.run(minion.good_pillar())
+    assert sorted(config.pending_secrets()) == sorted(config.write_secrets()) == NAMES
+    assert sorted(path.name for path in secrets.iterdir()) == NAMES
+    assert {stat.S_IMODE(path.stat().st_mode) for path in secrets.iterdir()} == {0o640}
+    made = [path.read_text() for path in secrets.iterdir()]
+    assert len(set(made)) == len(made)
+    assert min(map(len, made)) > 32
+    assert config.pending_secrets() == config.write_secrets() == []
+    assert [path.read_text() for path in secrets.iterdir()] == made
+
+
+def test_a_new_signing_key_is_one_that_synapse_reads(minion, config, secrets):
+    minion.run(minion.good_pillar())
+    config.write_secrets()
+    algorithm, version, seed = (secrets / "signing.key").read_text().split(" ")
+    assert algorithm == "ed25519"
+    assert re.fullmatch(r"a_[A-Za-z]{4}", version)
+    assert len(base64.b64decode(seed.strip() + "=")) == 32
+    assert (
+        minion.run(
+            minion.good_pillar({"signing_key:current": f"{algorithm} {version} {seed}"})
+        ).synapse_workers.validate()
+        == []
+    )
+
+
+def test_the_pillars_secrets_are_taken_and_stay_when_it_forgets_them(minion, config, secrets):
+    minion.run(minion.good_pillar({"secrets:form": SECRET, "signing_key:current": NEW_KEY.strip()}))
+    config.write_secrets()
+    assert (secrets / "form").read_text() == SECRET
+    assert (secrets / "signing.key").read_text() == NEW_KEY
+    minion.run(minion.good_pillar())
+    assert config.pending_secrets() == []
+
+
+def test_the_pillars_secret_replaces_a_random_one(minion, config, secrets):
+    minion.run(minion.good_pillar())
+    config.write_secrets()
+    minion.run(minion.good_pillar({"secrets:form": SECRET}))
+    assert config.pending_secrets() == ["form"]
+    assert config.write_secrets() == ["form"]
+    assert (secrets / "form").read_text() == SECRET
+
+
+def test_a_signing_key_is_replaced_only_if_the_old_one_is_named_and_is_kept_beside(minion, config, secrets):
+    minion.write("data/secrets/signing.key", OLD_KEY)
+    (line,) = minion.run(minion.good_pillar({"signing_key:current": NEW_KEY})).synapse_config.signing_key_faults()
+    assert "signs with ed25519:a_old" in line
+    old = {"ed25519:a_old": {"key": "A" * 43, "expired_ts": 1}}
+    minion.run(minion.good_pillar({"signing_key:current": NEW_KEY, "signing_key:old": old}))
+    assert config.signing_key_faults() == []
+    config.write_secrets()
+    assert (secrets / "signing.key").read_text() == NEW_KEY
+    assert (secrets / "signing.key.ed25519_a_old").read_text() == OLD_KEY
+
+
+def test_the_same_signing_key_is_no_change(minion, config, secrets):
+    minion.write("data/secrets/signing.key", OLD_KEY)
+    minion.run(minion.good_pillar({"signing_key:current": OLD_KEY.strip()}))
+    assert config.signing_key_faults() == []
+    assert "signing.key" not in config.pending_secrets()
