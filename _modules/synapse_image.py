@@ -551,17 +551,20 @@ def _make(client, link, below, image):
 
 
 def _pull(client, reference):
-    from docker.utils import parse_repository_tag
+    import docker
 
-    repository, tag = parse_repository_tag(reference)
+    repository, tag = docker.utils.parse_repository_tag(reference)
     seen = set()
-    for message in client.pull(repository, tag or "latest", stream=True, decode=True):
-        if "error" in message:
-            raise CommandExecutionError(f"Pulling {reference} failed: {message['error']}")
-        line = " ".join(filter(None, (message.get("id"), message.get("status"))))
-        if line not in seen:
-            seen.add(line)
-            log.info("%s: %s", reference, line)
+    try:
+        for message in client.pull(repository, tag or "latest", stream=True, decode=True):
+            if "error" in message:
+                raise CommandExecutionError(f"Pulling {reference} failed: {message['error']}")
+            line = " ".join(filter(None, (message.get("id"), message.get("status"))))
+            if line not in seen:
+                seen.add(line)
+                log.info("%s: %s", reference, line)
+    except docker.errors.APIError as err:
+        raise CommandExecutionError(f"Pulling {reference} failed: {err.explanation or err}") from err
 
 
 def _debootstrap(client, link, image):
@@ -658,8 +661,9 @@ class _Lines:
             self._begun += chunk.decode(errors="replace") if isinstance(chunk, bytes) else chunk
             *whole, self._begun = self._begun.split("\n")
             for line in whole:
-                # A progress bar rewrites its line, and an address may contain a password.
-                line = line.rstrip().rpartition("\r")[2]
+                # A progress bar rewrites its line, Docker colours what was written as an error,
+                # and an address may contain a password.
+                line = re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip().rpartition("\r")[2]
                 line = re.sub(r"://[^/@\s]+@", "://****@", line)
                 if line.startswith("Step "):
                     self.step = line
