@@ -196,7 +196,7 @@ def mirrors(suite="bookworm"):
 
 def pip_settings():
     """Return pip's [global] settings of this machine, those that hold elsewhere too."""
-    names = ["index-url", "extra-index-url", "trusted-host", "proxy", "timeout", "cert"]
+    names = ["index-url", "extra-index-url", "trusted-host", "proxy", "timeout", "default-timeout", "cert"]
     files = configparser.RawConfigParser()
     files.read(
         [

@@ -66,6 +66,11 @@ def test_containers_in_it_reach_the_package_mirrors(host):
     assert "six-" in host.run(*command, SYNAPSE_IMAGE, "-c", script).stdout
 
 
+def test_the_synapse_image_starts_as_the_official_one_does(host):
+    command = ["docker", "run", "--rm", "--user", "1234:1234", SYNAPSE_IMAGE, "run", "-m", "synapse.app.homeserver"]
+    assert "Synapse Homeserver" in host.run(*command, "--help").stdout
+
+
 @pytest.mark.parametrize("boot_again", [Host.restart, Host.kill])
 def test_state_survives(host, boot_again):
     before = boot_id(host)
