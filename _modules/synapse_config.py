@@ -132,10 +132,8 @@ def _redis(settings):
     redis = settings["redis"]
     if redis["managed"]:
         return {"enabled": True, "path": f"{REDIS_SOCKETS}/redis.sock"}
-    if redis["host"].startswith("/"):
-        where = {"path": redis["host"]}
-    else:
-        where = {"host": redis["host"], "port": redis["port"]}
+    host = redis["host"]
+    where = {"path": host} if host.startswith("/") else {"host": host, "port": redis["port"]}
     return {"enabled": True, **where, **({"password": redis["password"]} if redis["password"] else {})}
 
 
@@ -214,7 +212,9 @@ def superfluous():
     """
     settings = __salt__["synapse_pillar.settings"]()
     directory = pathlib.Path(settings["directories"]["config"])
-    there = [path for pattern in ("workers/*.yaml", "appservices/*.yaml", "log-*.yaml") for path in directory.glob(pattern)]
+    there = [
+        path for pattern in ("workers/*.yaml", "appservices/*.yaml", "log-*.yaml") for path in directory.glob(pattern)
+    ]
     return sorted(str(path) for path in there if str(path) not in files())
 
 
@@ -286,7 +286,18 @@ def _check(candidate, changed, image, settings):
     if not readers:
         return
     uid, gid = identity()
-    command = ["docker", "run", "--rm", "--interactive", "--init", "--read-only", "--network", "none", "--pull", "never"]
+    command = [
+        "docker",
+        "run",
+        "--rm",
+        "--interactive",
+        "--init",
+        "--read-only",
+        "--network",
+        "none",
+        "--pull",
+        "never",
+    ]
     command += ["--user", f"{uid}:{gid}", "--cap-drop", "ALL", "--tmpfs", "/tmp", "--env", "PYTHONDONTWRITEBYTECODE=1"]
     for source, target in (
         (candidate, directories["config"]),

@@ -12,7 +12,6 @@ import pathlib
 import socket
 
 import jinja2
-
 from salt.exceptions import CommandExecutionError
 
 UNITS = pathlib.Path("/etc/systemd/system")
@@ -177,9 +176,9 @@ def containers():
 
         salt-call synapse_process.containers
     """
+    columns = "\t".join(["{{.Names}}", '{{.Label "' + INPUTS_LABEL + '"}}', "{{.State}}"])
     shown = __salt__["cmd.run_all"](
-        ["docker", "container", "ls", "--all", f"--filter=label={PROCESS_LABEL}"]
-        + ["--format", '{{.Names}}\t{{.Label "%s"}}\t{{.State}}' % INPUTS_LABEL],
+        ["docker", "container", "ls", "--all", f"--filter=label={PROCESS_LABEL}", "--format", columns],
         python_shell=False,
         output_loglevel="debug",
         ignore_retcode=True,

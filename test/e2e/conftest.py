@@ -2,13 +2,8 @@
 
 import copy
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
-
 from deployment import Deployment
 from host import Host
 

@@ -64,7 +64,10 @@ def test_a_worker_that_left_the_pillar_leaves_nothing(deployed):
     assert restarted(deployed, before) == set()
     host = deployed.host
     assert gone not in deployed.starts()
-    assert host.run("systemctl", "show", "--property=LoadState", "--value", f"{gone}.service").stdout.strip() == "not-found"
+    assert (
+        host.run("systemctl", "show", "--property=LoadState", "--value", f"{gone}.service").stdout.strip()
+        == "not-found"
+    )
     assert gone not in host.run("systemctl", "list-units", "--all", "--plain").stdout
     found = host.sh(f"find /etc /run /var/lib/matrix-synapse -name '*{gone}*' 2>/dev/null || true").stdout
     assert found == ""
@@ -73,7 +76,9 @@ def test_a_worker_that_left_the_pillar_leaves_nothing(deployed):
 
 def test_a_worker_that_failed_leaves_no_ghost_when_it_is_removed(deployed):
     host = deployed.host
-    host.sh(f"echo 'worker_app: nonsense' > /etc/matrix-synapse/workers/{BACKGROUND}.yaml; systemctl kill -s KILL {BACKGROUND}")
+    host.sh(
+        f"echo 'worker_app: nonsense' > /etc/matrix-synapse/workers/{BACKGROUND}.yaml; systemctl kill -s KILL {BACKGROUND}"
+    )
     deployed.pillar["workers"]["list"] = [e for e in deployed.pillar["workers"]["list"] if e["type"] != "background"]
     deployed.apply()
     assert BACKGROUND not in host.run("systemctl", "list-units", "--all", "--plain").stdout
@@ -111,7 +116,9 @@ def test_a_run_that_was_killed_before_nginx_reloaded_is_put_right_by_the_next(de
     deployed.apply()
     good = deployed.host.read(file)
     # As if the file was written, but nginx never told: it runs the one before.
-    deployed.host.sh(f"sed -i 's/60M/50M/; s/return 200 \"[0-9a-f]*\"/return 200 \"other\"/' {file}; systemctl reload nginx")
+    deployed.host.sh(
+        f'sed -i \'s/60M/50M/; s/return 200 "[0-9a-f]*"/return 200 "other"/\' {file}; systemctl reload nginx'
+    )
     deployed.host.write(file, good)
     assert set(deployed.apply()) == {"nginx runs with this configuration"}
 
@@ -161,7 +168,9 @@ def test_tls_from_given_certificate_files(deployed):
     ],
 )
 def test_a_bad_pillar_gets_a_clear_error_and_changes_nothing(deployed, change, path):
-    fingerprint = "find /etc /var/lib/matrix-synapse /usr/local -newer /run/mark -type f | grep -v -e resolv.conf || true"
+    fingerprint = (
+        "find /etc /var/lib/matrix-synapse /usr/local -newer /run/mark -type f | grep -v -e resolv.conf || true"
+    )
     before = deployed.starts()
     deployed.pillar = {**copy.deepcopy(deployed.pillar), **change}
     deployed.host.run("touch", "/run/mark")

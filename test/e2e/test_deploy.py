@@ -134,7 +134,9 @@ def test_redis_answers_on_a_socket_that_only_synapse_enters(deployed):
     run = deployed.host.run
     socket = "/run/redis-synapse/redis.sock"
     assert run("runuser", "--user", "synapse", "--", "redis-cli", "-s", socket, "ping").stdout == "PONG\n"
-    assert "PONG" not in run("runuser", "--user", "www-data", "--", "redis-cli", "-s", socket, "ping", check=False).stdout
+    assert (
+        "PONG" not in run("runuser", "--user", "www-data", "--", "redis-cli", "-s", socket, "ping", check=False).stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,9 @@ def test_writes_of_streams_reach_their_writers(deployed):
 
 def test_media_is_stored_and_served_by_the_media_repository(deployed):
     alice = deployed.user()
-    uri = alice.ask("POST", "/_matrix/media/v3/upload", b"\x89PNG not really", **{"Content-Type": "image/png"})["content_uri"]
+    uri = alice.ask("POST", "/_matrix/media/v3/upload", b"\x89PNG not really", **{"Content-Type": "image/png"})[
+        "content_uri"
+    ]
     assert alice.ask("GET", f"/_matrix/client/v1/media/download/{uri.removeprefix('mxc://')}") == b"\x89PNG not really"
     log = deployed.host.run("tail", "--lines", "200", "/var/log/nginx/matrix-synapse.access.log").stdout
     uploads = [line for line in log.splitlines() if "/media/v3/upload" in line]
@@ -198,7 +202,9 @@ def test_well_known_tells_where_the_homeserver_is(deployed):
     assert request(deployed.url + "/.well-known/matrix/server")[0] == {"m.server": "example.org:443"}
 
 
-@pytest.mark.parametrize("path", ["/_synapse/admin/v1/server_version", "/_synapse/metrics", "/_synapse/replication", "/health"])
+@pytest.mark.parametrize(
+    "path", ["/_synapse/admin/v1/server_version", "/_synapse/metrics", "/_synapse/replication", "/health"]
+)
 def test_what_is_not_for_the_public_is_not_public(deployed, path):
     with pytest.raises(Refused) as refused:
         request(deployed.url + path)
@@ -235,5 +241,7 @@ def test_no_secret_shows(deployed):
 
 
 def test_secrets_can_be_read_by_synapse_alone(deployed):
-    modes = deployed.host.sh("stat --format '%a %U %G' /var/lib/matrix-synapse/secrets/* /etc/matrix-synapse/*.yaml").stdout
+    modes = deployed.host.sh(
+        "stat --format '%a %U %G' /var/lib/matrix-synapse/secrets/* /etc/matrix-synapse/*.yaml"
+    ).stdout
     assert set(modes.splitlines()) == {"640 root synapse"}

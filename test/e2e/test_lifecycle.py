@@ -20,7 +20,10 @@ def workers(deployed):
 
 
 def states(deployed):
-    return {name: state["ActiveState"] for name, state in deployed.host.salt("synapse_process.states", deployed.names()).items()}
+    return {
+        name: state["ActiveState"]
+        for name, state in deployed.host.salt("synapse_process.states", deployed.names()).items()
+    }
 
 
 def monotonic(deployed, name, event):
@@ -32,7 +35,9 @@ def test_stopping_main_stops_every_process_and_leaves_no_container(deployed):
     deployed.systemctl("stop", f"{MAIN}.service")
     assert set(states(deployed).values()) == {"inactive"}
     assert deployed.containers() == {}
-    assert deployed.host.sh("ls /run/matrix-synapse/public /run/matrix-synapse/private | grep notify || true").stdout == ""
+    assert (
+        deployed.host.sh("ls /run/matrix-synapse/public /run/matrix-synapse/private | grep notify || true").stdout == ""
+    )
 
 
 def test_starting_main_starts_every_worker_in_parallel_once_main_is_healthy(deployed):
@@ -107,7 +112,9 @@ def test_all_come_back_after_the_docker_daemon(deployed, how):
     before = deployed.starts()
     deployed.host.sh(how)
     until(
-        lambda: (after := deployed.starts()) and after.keys() == before.keys() and all(after[n] > before[n] for n in before),
+        lambda: (
+            (after := deployed.starts()) and after.keys() == before.keys() and all(after[n] > before[n] for n in before)
+        ),
         "every container is started anew",
         180,
     )

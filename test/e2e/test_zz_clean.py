@@ -18,7 +18,12 @@ def test_clean_removes_everything_but_data_and_the_next_run_brings_it_back(deplo
     assert deployment.apply("synapse.clean") == {}
 
     assert deployment.containers() == {}
-    for path in ("/etc/matrix-synapse", "/run/matrix-synapse", "/etc/nginx/conf.d/matrix-synapse.conf", "/run/redis-synapse"):
+    for path in (
+        "/etc/matrix-synapse",
+        "/run/matrix-synapse",
+        "/etc/nginx/conf.d/matrix-synapse.conf",
+        "/run/redis-synapse",
+    ):
         assert host.run("test", "-e", path, check=False).returncode == 1, path
     assert "matrix-synapse" not in host.run("systemctl", "list-units", "--all", "--plain").stdout
     assert "matrix-synapse" not in host.sh("docker network ls; docker volume ls; docker image ls").stdout

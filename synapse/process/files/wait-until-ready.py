@@ -7,6 +7,7 @@ comes out of a container's control group, so this program takes it: an ExecStart
 as soon as the unit's main process ends; the unit's TimeoutStartSec= bounds the rest.
 """
 
+import contextlib
 import os
 import select
 import socket
@@ -16,10 +17,8 @@ import sys
 def bind(path):
     """A datagram socket at the path, which any user can send to: the directory says who may enter."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
     receiver.bind(path)
     os.chmod(path, 0o666)
     return receiver
