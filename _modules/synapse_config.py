@@ -351,7 +351,7 @@ def write_secrets():
     for name in pending:
         path = _secret_path(settings, name)
         if name == SIGNING_KEY and os.path.exists(path):
-            os.link(path, f"{path}.{_key_id(_read(path)).replace(':', '_')}")
+            _put(f"{path}.{_key_id(_read(path)).replace(':', '_')}", _read(path), gid)
         text = given.get(name) or (_new_signing_key() if name == SIGNING_KEY else random_secrets.token_urlsafe(48))
         _put(path + ".new", text, gid)
         os.replace(path + ".new", path)

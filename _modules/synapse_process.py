@@ -381,10 +381,11 @@ def _memory(names):
 
 
 def _bytes(text):
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)):
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)):
         if text.endswith(unit):
             return int(float(text.removesuffix(unit)) * factor)
-    raise CommandExecutionError(f"docker stats: {text!r} is no amount of memory")
+    # Of a container that does not run.
+    return None
 
 
 def healthy(path):

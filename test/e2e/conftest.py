@@ -21,7 +21,7 @@ PILLAR = {
             {"type": "media-repository", "memory": "700M", "cpus": 1.5, "arguments": ["--shm-size=16m"]},
         ]
     },
-    "process": {"stop_grace": 10, "health_interval": 2},
+    "process": {"stop_grace": 10, "health_interval": 15},
     "nginx": {"client": {"listen": ["8008"]}, "federation": {"listen": ["8448"]}},
     # Each test registers users of its own.
     "config": {
