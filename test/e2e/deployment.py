@@ -47,7 +47,10 @@ class Deployment:
         self.host.write("/srv/pillar/synapse.sls", json.dumps({"synapse": self.pillar}), mode="0600")
 
     def names(self):
-        return self.host.salt("synapse_workers.names")
+        """The names that the plan gave, main first: those of the units that are there."""
+        files = self.host.sh("ls /etc/systemd/system | grep '^matrix-synapse.*service$' || true").stdout.split()
+        names = [file.removesuffix(".service") for file in files]
+        return sorted(names, key=lambda name: int(name.split("-")[3]) if name != MAIN else -1)
 
     def containers(self):
         """``docker inspect`` of every container of Synapse's, by name."""
@@ -63,11 +66,21 @@ class Deployment:
     def active(self, name):
         return self.host.run("systemctl", "is-active", f"{name}.service", check=False).stdout.strip()
 
-    def healthy(self, name):
-        return self.host.salt("synapse_process.healthy", f"/run/matrix-synapse/private/{name}.sock")
+    def healthy(self, *names):
+        """Whether all of these answer /health."""
+        ask = "curl --silent --fail --max-time 5 --output /dev/null http://localhost/health --unix-socket"
+        script = [f"{ask} /run/matrix-synapse/private/{name}.sock" for name in names]
+        return self.host.run("bash", "-c", " && ".join(script), check=False).returncode == 0
 
     def all_healthy(self):
-        return all(process["healthy"] and process["unit"] == "active" for process in self.status())
+        names = self.names()
+        return set(self.states().values()) == {"active"} and self.healthy(*names)
+
+    def states(self):
+        """systemd's word for each unit."""
+        names = self.names()
+        words = self.host.run("systemctl", "is-active", *[f"{name}.service" for name in names], check=False).stdout
+        return dict(zip(names, words.split(), strict=True))
 
     def status(self):
         return self.host.salt("synapse_process.status")

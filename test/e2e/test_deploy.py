@@ -23,7 +23,7 @@ def test_a_second_run_changes_nothing_and_restarts_nothing(deployed):
 
 
 def test_workers_are_named_in_sequence(deployed):
-    assert deployed.names() == [
+    assert deployed.host.salt("synapse_workers.names") == [
         "matrix-synapse",
         "matrix-synapse-worker-0-generic",
         "matrix-synapse-worker-1-generic",

@@ -19,13 +19,6 @@ def workers(deployed):
     return [name for name in deployed.names() if name != MAIN]
 
 
-def states(deployed):
-    return {
-        name: state["ActiveState"]
-        for name, state in deployed.host.salt("synapse_process.states", deployed.names()).items()
-    }
-
-
 def monotonic(deployed, name, event):
     """When a unit entered a state, in microseconds since boot."""
     return int(deployed.systemctl("show", f"--property={event}", "--value", f"{name}.service").stdout)
@@ -33,7 +26,7 @@ def monotonic(deployed, name, event):
 
 def test_stopping_main_stops_every_process_and_leaves_no_container(deployed):
     deployed.systemctl("stop", f"{MAIN}.service")
-    assert set(states(deployed).values()) == {"inactive"}
+    assert set(deployed.states().values()) == {"inactive"}
     assert deployed.containers() == {}
     assert (
         deployed.host.sh("ls /run/matrix-synapse/public /run/matrix-synapse/private | grep notify || true").stdout == ""
@@ -45,7 +38,7 @@ def test_starting_main_starts_every_worker_in_parallel_once_main_is_healthy(depl
     deployed.systemctl("start", f"{MAIN}.service")
     # systemctl waits for main alone.
     assert deployed.healthy(MAIN)
-    until(lambda: set(states(deployed).values()) == {"active"}, "every worker is started", 120)
+    until(lambda: set(deployed.states().values()) == {"active"}, "every worker is started", 120)
     assert deployed.all_healthy()
     ready = monotonic(deployed, MAIN, "ActiveEnterTimestampMonotonic")
     begun = [monotonic(deployed, name, "InactiveExitTimestampMonotonic") for name in workers(deployed)]
@@ -57,7 +50,7 @@ def test_starting_main_starts_every_worker_in_parallel_once_main_is_healthy(depl
 def test_restarting_main_restarts_each_worker_once(deployed):
     before = deployed.starts()
     deployed.systemctl("restart", f"{MAIN}.service")
-    until(lambda: set(states(deployed).values()) == {"active"}, "every process is started", 120)
+    until(lambda: set(deployed.states().values()) == {"active"}, "every process is started", 120)
     after = deployed.starts()
     assert all(after[name] > before[name] for name in before)
     # A process that was started twice would say so in the journal.
@@ -69,7 +62,7 @@ def test_restarting_main_restarts_each_worker_once(deployed):
 def test_starting_one_worker_pulls_main_in(deployed):
     deployed.systemctl("stop", f"{MAIN}.service")
     deployed.systemctl("start", f"{GENERIC}.service")
-    assert states(deployed)[MAIN] == "active"
+    assert deployed.states()[MAIN] == "active"
     assert deployed.healthy(MAIN)
     assert deployed.healthy(GENERIC)
 
@@ -77,7 +70,7 @@ def test_starting_one_worker_pulls_main_in(deployed):
 def test_stopping_one_worker_stops_only_it(deployed):
     before = deployed.starts()
     deployed.systemctl("stop", f"{BACKGROUND}.service")
-    found = states(deployed)
+    found = deployed.states()
     assert found.pop(BACKGROUND) == "inactive"
     assert set(found.values()) == {"active"}
     del before[BACKGROUND]
