@@ -15,6 +15,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 EXAMPLE = (ROOT / "pillar.example").read_text()
 README = PAGES[0].read_text()
 SCHEMA = yaml.safe_load((ROOT / "synapse/data/schema.yaml").read_text())["pillar"]
+DEFAULTS = yaml.safe_load((ROOT / "synapse/defaults.yaml").read_text())
 WORKERS = yaml.safe_load((ROOT / "synapse/data/workers.yaml").read_text())
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -120,6 +121,18 @@ def used(node, value):
 
 def test_the_example_has_every_key_of_the_schema():
     assert sorted(set(keys(SCHEMA)) - set(used(SCHEMA, uncommented(EXAMPLE)))) == []
+
+
+def other_than_default(value, default, path=""):
+    for key in value:
+        if isinstance(value[key], dict) and isinstance(default.get(key), dict):
+            yield from other_than_default(value[key], default[key], f"{path}{key}:")
+        elif default.get(key) not in (None, "", []) and value[key] != default[key]:
+            yield f"{path}{key}"
+
+
+def test_the_example_shows_the_default_where_there_is_one():
+    assert list(other_than_default(uncommented(EXAMPLE), DEFAULTS)) == []
 
 
 def test_the_example_explains_before_it_shows():

@@ -276,7 +276,7 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def show(processes):
-    """Print the table of processes; they must all be healthy, and what the pillar says."""
+    """Print the table of processes; they must all be healthy, and up to date."""
     rows = [("PROCESS", "TYPE", "HEALTH", "MEMORY", "STARTED")]
     for process in processes:
         health = "healthy" if process["healthy"] else f"unhealthy, {process['unit']}"
@@ -288,9 +288,10 @@ def show(processes):
         print(
             f"{name:{widths[0]}}  {kind:{widths[1]}}  {health:{widths[2]}}  {memory:>{widths[3]}}  {started}".rstrip()
         )
-    wrong = [process["name"] for process in processes if not (process["healthy"] and process["current"])]
-    if wrong:
-        raise DemoError(f"not healthy, or not what the pillar says: {', '.join(wrong)}")
+    for key, fault in (("healthy", "not healthy"), ("current", "not started from what the pillar and the formula say")):
+        wrong = [process["name"] for process in processes if not process[key]]
+        if wrong:
+            raise DemoError(f"{fault}: {', '.join(wrong)}")
 
 
 def main():
