@@ -31,13 +31,17 @@ make_venv() {
     digest=$({ python3 --version; cat "${requirements[@]}"; } | sha256sum)
     [[ $(cat .venv/requirements.digest 2>/dev/null) == "$digest" ]] && return
     progress "making .venv"
-    python3 -m venv --clear .venv
+    python3 -m venv .venv
     .venv/bin/pip install -qq --disable-pip-version-check --no-deps --requirement "${requirements[0]}"
     echo "$digest" >.venv/requirements.digest
 }
 
+mkdir -p .venv
+exec 9>.venv/setup.lock
+flock 9
+
 install_packages
-python3 test/host/host.py build &
+python3 test/host/host.py build 9>&- &
 images=$!
 make_venv
 wait "$images"
