@@ -1,7 +1,7 @@
 """What systemd makes of the units: who takes whom along, and who comes back."""
 
 import pytest
-from deployment import MAIN, until
+from deployment import MAIN, Refused, until
 
 GENERIC = "matrix-synapse-worker-0-generic"
 BACKGROUND = "matrix-synapse-worker-6-background"
@@ -49,14 +49,13 @@ def test_starting_main_starts_every_worker_in_parallel_once_main_is_healthy(depl
 
 def test_restarting_main_restarts_each_worker_once(deployed):
     before = deployed.starts()
+    now = deployed.host.sh("date '+%F %T'").stdout.strip()
     deployed.systemctl("restart", f"{MAIN}.service")
     until(lambda: set(deployed.states().values()) == {"active"}, "every process is started", 120)
     after = deployed.starts()
     assert all(after[name] > before[name] for name in before)
-    # A process that was started twice would say so in the journal.
-    script = "journalctl --since '-2min' --output cat --unit '{}.service' | grep --count '^Started'"
-    assert {deployed.host.sh(script.format(name)).stdout.strip() for name in workers(deployed)} <= {"1", "2"}
-    assert deployed.starts() == after
+    script = f"journalctl --since '{now}' --output cat --unit '{{}}.service' | grep --count '^Started'"
+    assert {deployed.host.sh(script.format(name)).stdout.strip() for name in deployed.names()} == {"1"}
 
 
 def test_starting_one_worker_pulls_main_in(deployed):
@@ -124,12 +123,18 @@ def test_all_come_back_after_the_machine(deployed, how):
     assert deployed.apply() == {}
 
 
-def test_all_come_back_after_the_database(deployed):
-    before = deployed.starts()
+def test_synapse_finds_the_database_again(deployed):
+    before, alice = deployed.starts(), deployed.user()
     deployed.systemctl("restart", "postgresql@15-main", "redis-server@synapse")
-    until(deployed.all_healthy, "all are healthy", 120)
-    alice = deployed.user()
-    alice.say(alice.room(), "the database is back")
+
+    def talks():
+        try:
+            return bool(alice.say(alice.room(), "the database is back"))
+        except Refused:
+            # Synapse finds out by failing that a connection of its pool is dead, and it has several in each process.
+            return False
+
+    until(lambda: all(talks() for _ in range(10)), "ten rooms in a row", 120)
     assert deployed.starts() == before, "nobody had to be restarted"
 
 
