@@ -47,9 +47,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SYNAPSE_VERSION = (IMAGES / "synapse/requirements.txt").read_text().split("==")[1].strip()
 SYNAPSE_IMAGE = f"matrixdotorg/synapse:v{SYNAPSE_VERSION}"
 
-# Everything --privileged would give but CAP_SYS_RESOURCE, which not every machine has to give.
+# What --privileged would give, less what not every machine has to give: see also _capabilities().
 PRIVILEGES = [
-    *("--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE"),
     *("--security-opt", "seccomp=unconfined"),
     *("--security-opt", "apparmor=unconfined"),
     *("--security-opt", "systempaths=unconfined"),
@@ -354,6 +353,7 @@ class Host:
         image = host_image()
         arguments = [
             *("--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
+            *_capabilities(),
             *PRIVILEGES,
             *("--stop-signal", "SIGRTMIN+3", "--stop-timeout", "120"),
             *("--tmpfs", "/run:exec", "--tmpfs", "/tmp:exec"),
@@ -479,6 +479,16 @@ class Host:
         if self.run("docker", "image", "inspect", SYNAPSE_IMAGE, check=False).returncode:
             progress(f"{self.name} loads {SYNAPSE_IMAGE}")
             self.run("docker", "load", "--quiet", "--input", f"/srv/images/{file.name}")
+
+
+def _capabilities():
+    """Return the options that give all capabilities there are.
+
+    Engines before 23 take "all" literally, and fail where CAP_SYS_RESOURCE is not to be had; later
+    ones fail when they are told to drop it there.
+    """
+    major = int(docker("version", "--format", "{{.Server.Version}}").stdout.split(".")[0])
+    return ["--cap-add", "ALL"] + (["--cap-drop", "SYS_RESOURCE"] if major < 23 else [])
 
 
 def _salt_word(value):
