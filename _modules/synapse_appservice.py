@@ -422,10 +422,13 @@ def remove(name, test=False):
 
 
 def _settings():
-    """The settings, of a pillar without faults."""
-    found = __salt__["synapse_pillar.faults"]()
-    if found:
-        raise CommandExecutionError("The pillar has faults:\n" + "\n".join(f"- {line}" for line in found))
+    """The settings, of a pillar without faults. One pillar is looked at once: registrations are asked for per process."""
+    pillar = __pillar__.get("synapse")
+    if pillar is None or __context__.get("synapse_appservice.right_pillar") is not pillar:
+        found = __salt__["synapse_pillar.faults"]()
+        if found:
+            raise CommandExecutionError("The pillar has faults:\n" + "\n".join(f"- {line}" for line in found))
+        __context__["synapse_appservice.right_pillar"] = pillar
     return __salt__["synapse_pillar.settings"]()
 
 

@@ -571,7 +571,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(appservices=st.dictionaries(st.sampled_from(["a", "b", "c-1"]), entries, max_size=3))
 def test_no_pillar_makes_it_crash_and_what_has_no_fault_can_be_used(minion, appservices):
     minion.pillar["appservices"] = appservices
