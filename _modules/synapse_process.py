@@ -219,7 +219,7 @@ def pending():
         names whose unit is not enabled,
 
     ``restart``
-        names of what runs, but not with the inputs that it should,
+        names of what runs, but not with the inputs that it should, and of all that the main process takes along,
 
     ``start``
         names of what does not run, but should,
@@ -236,13 +236,21 @@ def pending():
     wanted = units()
     running = __salt__["synapse_pillar.settings"]()["process"]["running"]
     known, there = states(list(wanted)), containers()
-    alive = [name for name in wanted if known[name]["ActiveState"] in ("active", "activating", "reloading")]
-    current = [name for name in alive if there.get(name, {}).get("inputs") == wanted[name]["inputs"]]
+
+    def active(name):
+        return known[name]["ActiveState"] in ("active", "reloading")
+
+    alive = [name for name in wanted if active(name) or known[name]["ActiveState"] == "activating"]
+    outdated = [name for name in alive if there.get(name, {}).get("inputs") != wanted[name]["inputs"]]
+    if MAIN in outdated:
+        # It takes them all along.
+        outdated = alive
     return {
         "write": [name for name, unit in wanted.items() if _text(name) != unit["text"]],
         "enable": [name for name in wanted if known[name]["UnitFileState"] != "enabled"],
-        "restart": [name for name in alive if name not in current] if running else [],
-        "start": [name for name in wanted if name not in alive] if running else [],
+        "restart": outdated if running else [],
+        # One that is still starting may be failing over and over: it is waited for, and told of.
+        "start": [name for name in wanted if name not in outdated and not active(name)] if running else [],
         "stop": [] if running else alive,
     }
 

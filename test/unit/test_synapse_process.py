@@ -331,15 +331,10 @@ def test_what_runs_from_other_inputs_is_restarted_though_its_unit_is_right(proce
     assert process.pending() == {**NOTHING, "restart": [FIRST, SECOND]}
 
 
-@pytest.mark.parametrize("state", ["inactive", "failed", "deactivating"])
+@pytest.mark.parametrize("state", ["inactive", "failed", "activating", "deactivating"])
 def test_what_does_not_run_is_started(process, host, state):
     host.states[SECOND]["ActiveState"] = state
     assert process.pending() == {**NOTHING, "start": [SECOND]}
-
-
-def test_what_is_about_to_run_is_left_alone(process, host):
-    host.states[SECOND]["ActiveState"] = "activating"
-    assert process.pending() == NOTHING
 
 
 def test_what_should_not_run_is_stopped_and_neither_started_nor_restarted(minion, process, host):
@@ -369,7 +364,8 @@ def test_a_command_that_fails_is_told_with_what_it_said(minion, process):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("0B", 0), ("512KiB", 1 << 19), ("88.5MiB", 92798976), ("1.5GiB", 3 << 29), ("2TiB", 2 << 40)]
+    ("text", "expected"),
+    [("0B", 0), ("512KiB", 1 << 19), ("88.5MiB", 92798976), ("1.5GiB", 3 << 29), ("2TiB", 2 << 40)],
 )
 def test_memory_is_read_as_docker_writes_it(process, text, expected):
     assert process._bytes(text) == expected
