@@ -53,11 +53,11 @@ class Deployment:
         return sorted(names, key=lambda name: int(name.split("-")[3]) if name != MAIN else -1)
 
     def containers(self):
-        """``docker inspect`` of every container of Synapse's, by name."""
-        names = self.host.run("docker", "ps", "--all", "--format", "{{.Names}}").stdout.split()
+        """``docker inspect`` of every container of Synapse's, by name; nothing while the engine is down."""
+        names = self.host.run("docker", "ps", "--all", "--format", "{{.Names}}", check=False).stdout.split()
         ours = [name for name in names if name.startswith(MAIN)]
         # One that went in between is not shown, and makes for an exit status.
-        inspected = json.loads(self.host.run("docker", "inspect", *ours, check=False).stdout) if ours else []
+        inspected = json.loads(self.host.run("docker", "inspect", *ours, check=False).stdout or "[]") if ours else []
         return {container["Name"].lstrip("/"): container for container in inspected}
 
     def starts(self):
