@@ -48,6 +48,6 @@ bench: setup  ## Run all benchmarks
 bench-%: setup  ## Run one of them
 	$(PYTHON) test/bench/bench.py $*
 
-clean: setup  ## Remove every host, and what setup made
-	$(PYTHON) test/host/host.py clean
+clean:  ## Remove every host, and what setup made
+	python3 test/host/host.py clean
 	rm -rf .venv

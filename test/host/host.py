@@ -509,6 +509,7 @@ def clean():
         pid = int((CACHE / "engine/docker.pid").read_text())
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not Path(f"/proc/{pid}").exists(), 30, "the Docker engine ends")
+        subprocess.run(["ip", "link", "delete", LABEL], check=True)
     shutil.rmtree(CACHE)
 
 
