@@ -89,7 +89,7 @@ def registrations():
 
     .. code-block:: bash
 
-        salt-call synapse_appservice.registrations --out=quiet
+        salt-call synapse_appservice.registrations
     """
     settings = _settings()
     return [_complete(settings, *located) for located in sorted(_located(settings, _hooked(settings)))]
@@ -109,7 +109,7 @@ def tokens(name):
 
     .. code-block:: bash
 
-        salt-call synapse_appservice.tokens whatsapp --out=quiet
+        salt-call synapse_appservice.tokens whatsapp
     """
     complete = registration(name)
     return {token: complete[token] for token in TOKENS}
@@ -128,7 +128,7 @@ def registration(name):
 
     .. code-block:: bash
 
-        salt-call synapse_appservice.registration whatsapp --out=quiet
+        salt-call synapse_appservice.registration whatsapp
     """
     settings = _settings()
     located = next((item for item in _located(settings, _hooked(settings)) if item[0] == name), None)
@@ -295,7 +295,7 @@ def entry(name):
 
     .. code-block:: bash
 
-        salt-call synapse_appservice.entry whatsapp --out=quiet
+        salt-call synapse_appservice.entry whatsapp
     """
     _check_name(name)
     return _hooked(_settings()).get(name)

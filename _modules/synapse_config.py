@@ -44,7 +44,7 @@ def files():
 
     .. code-block:: bash
 
-        salt-call synapse_config.files --out=quiet
+        salt-call synapse_config.files
     """
     settings = __salt__["synapse_pillar.settings"]()
     plan = __salt__["synapse_workers.plan"]()
@@ -65,14 +65,15 @@ def _files(settings, plan, registrations):
             wanted[process["config_files"][-1]] = process["config"]
     wanted.update({registration["path"]: registration["registration"] for registration in registrations})
     texts = {path: HEADER + _yaml(data) for path, data in wanted.items()}
-    texts[f"{directory}/roster.json"] = json.dumps(plan["roster"], indent=1) + "\n"
+    # Among the data: names outlive `synapse.clean`, as the database does.
+    texts[f"{settings['directories']['data']}/roster.json"] = json.dumps(plan["roster"], indent=1) + "\n"
     return texts
 
 
-def _read_by(process):
-    """The paths of the files that a process reads."""
+def _read_by_each(processes):
+    """The paths of the files that each process reads, by its name."""
     registrations = [registration["path"] for registration in __salt__["synapse_appservice.registrations"]()]
-    return [*process["config_files"], process["log_config"], *registrations]
+    return {process["name"]: [*process["config_files"], process["log_config"], *registrations] for process in processes}
 
 
 def _yaml(data):
@@ -253,11 +254,12 @@ def write(image):
         os.chmod(candidate, 0o750)
         os.chown(candidate, 0, gid)
         for path, text in files().items():
-            _put(os.path.join(candidate, os.path.relpath(path, directory)), text, gid)
+            if path.startswith(directory + "/"):
+                _put(os.path.join(candidate, os.path.relpath(path, directory)), text, gid)
         _check(candidate, set(changed), image, settings)
         for path in changed:
-            _make_directory(os.path.dirname(path), gid)
-            os.replace(os.path.join(candidate, os.path.relpath(path, directory)), path)
+            _put(path + ".new", files()[path], gid)
+            os.replace(path + ".new", path)
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
     return changed
@@ -280,8 +282,9 @@ def _check(candidate, changed, image, settings):
     """Have Synapse parse the configuration of each process that reads a changed file."""
     directories = settings["directories"]
     processes = __salt__["synapse_workers.plan"]()["processes"]
+    read = _read_by_each(processes)
     readers = {
-        process["name"]: process["config_files"] for process in processes if changed.intersection(_read_by(process))
+        process["name"]: process["config_files"] for process in processes if changed.intersection(read[process["name"]])
     }
     if not readers:
         return
@@ -423,10 +426,8 @@ def digests():
     given = _given_secrets(settings)
     wanted = files()
     shared = [given.get(name) or _read(_secret_path(settings, name)) or "" for name in (*SECRETS, SIGNING_KEY)]
-    return {
-        process["name"]: _digest(shared + [wanted[path] for path in _read_by(process)])
-        for process in __salt__["synapse_workers.plan"]()["processes"]
-    }
+    read = _read_by_each(__salt__["synapse_workers.plan"]()["processes"])
+    return {name: _digest(shared + [wanted[path] for path in paths]) for name, paths in read.items()}
 
 
 def _digest(texts):

@@ -38,7 +38,7 @@ def settings():
 
     .. code-block:: bash
 
-        salt-call synapse_pillar.settings --out=quiet
+        salt-call synapse_pillar.settings
     """
     pillar = __pillar__.get("synapse")
     return merge(knowledge()["defaults"], pillar if isinstance(pillar, dict) else {})

@@ -49,7 +49,7 @@ def units():
 
     .. code-block:: bash
 
-        salt-call synapse_process.units --out=quiet
+        salt-call synapse_process.units
     """
     settings = __salt__["synapse_pillar.settings"]()
     image = __salt__["synapse_image.wanted"](settings["image"])

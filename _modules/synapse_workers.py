@@ -156,7 +156,7 @@ def diagram():
 
     .. code-block:: bash
 
-        salt-call synapse_workers.diagram --out=newline_values_only
+        salt-call synapse_workers.diagram
     """
     return draw(plan())
 
@@ -171,9 +171,9 @@ def roster(settings):
 
     .. code-block:: bash
 
-        salt-call synapse_workers.roster '{"directories": {"config": "/etc/matrix-synapse"}}'
+        salt-call synapse_workers.roster '{"directories": {"data": "/var/lib/matrix-synapse"}}'
     """
-    path = pathlib.Path(settings["directories"]["config"], "roster.json")
+    path = pathlib.Path(settings["directories"]["data"], "roster.json")
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(kept, dict):

@@ -22,6 +22,8 @@ import docker
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+# With none at all, dockerd deletes docker0, and with it the network of another engine.
+BRIDGE = "synapse-images"
 PULLED = "matrixdotorg/synapse:v1.163.2"
 CUSTOMIZED = "localhost/matrixdotorg/synapse:v1.163.2-customized"
 
@@ -76,7 +78,9 @@ def engine():
     (home / "docker.pid").unlink(missing_ok=True)
     command = ["dockerd", "--host", f"unix://{home}/docker.sock", "--pidfile", home / "docker.pid"]
     command += ["--data-root", home / "data", "--exec-root", home / "exec", "--group", "root"]
-    command += ["--bridge", "none", "--iptables=false", "--log-level", "warn"]
+    command += ["--bridge", BRIDGE, "--iptables=false", "--log-level", "warn"]
+    subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=False)
+    subprocess.run(["ip", "address", "replace", "192.168.254.1/24", "dev", BRIDGE], check=True)
     with open(home / "dockerd.log", "w") as log:
         daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
     try:
@@ -93,6 +97,7 @@ def engine():
     finally:
         daemon.terminate()
         daemon.wait(60)
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=True)
 
 
 def connected(daemon, home):

@@ -83,7 +83,7 @@ class Minion:
         return self.run(self.good_pillar(settings)).synapse_workers.plan()
 
     def keep_roster(self, roster):
-        self.write("config/roster.json", json.dumps(roster))
+        self.write("data/roster.json", json.dumps(roster))
 
     def write(self, path, text):
         path = self.directory / path

@@ -583,20 +583,3 @@ def test_no_pillar_makes_it_crash_and_what_has_no_fault_can_be_used(minion, apps
     if not found:
         minion.new_run(test=True).synapse_appservice.ensure_tokens(test=True)
         json.dumps(minion.synapse_appservice.registrations())
-
-
-@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=registrations)
-def test_synapse_loads_what_has_no_fault(minion, tmp_path, changes):
-    appservice = pytest.importorskip("synapse.config.appservice", reason="needs matrix-synapse")
-    minion.pillar["appservices"] = {"a": an_entry(**changes)}
-    minion.new_run()
-    if minion.synapse_pillar.faults() or minion.synapse_appservice.faults():
-        return
-    minion.synapse_appservice.ensure_tokens()
-    (item,) = minion.synapse_appservice.registrations()
-    path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump(item["registration"]))
-    (loaded,) = appservice.load_appservices("example.org", [str(path)])
-    assert loaded.id == "a"
-    assert loaded.token == item["registration"]["as_token"]

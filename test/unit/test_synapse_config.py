@@ -197,9 +197,9 @@ def test_files_are_those_of_the_plan(minion, config):
         "config/homeserver.yaml",
         "config/log-debug.yaml",
         "config/log-info.yaml",
-        "config/roster.json",
         "config/workers/matrix-synapse-worker-0-generic.yaml",
         "config/workers/matrix-synapse-worker-1-pusher.yaml",
+        "data/roster.json",
     ]
     read = {path: salt.utils.yaml.safe_load(text) for path, text in files.items()}
     assert read["config/homeserver.yaml"] == homeserver(minion, settings)
@@ -211,7 +211,7 @@ def test_files_are_those_of_the_plan(minion, config):
     assert read["config/log-debug.yaml"]["loggers"]["synapse.http"] == {"level": "WARNING"}
     plan = minion.synapse_workers.plan()
     assert read["config/workers/matrix-synapse-worker-1-pusher.yaml"] == plan["processes"][2]["config"]
-    assert json.loads(files["config/roster.json"]) == plan["roster"]
+    assert json.loads(files["data/roster.json"]) == plan["roster"]
     assert all(text.startswith("# Written by") for path, text in files.items() if path.endswith(".yaml"))
 
 
@@ -224,8 +224,8 @@ def test_a_run_would_write_what_differs_and_nothing_twice(minion, config):
     assert relative(minion, config.pending()) == [
         "config/homeserver.yaml",
         "config/log-debug.yaml",
-        "config/roster.json",
         "config/workers/matrix-synapse-worker-1-pusher.yaml",
+        "data/roster.json",
     ]
     minion.write("config/homeserver.yaml", "changed: by hand\n")
     minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
@@ -237,8 +237,8 @@ def test_another_generic_worker_leaves_the_files_of_others(minion, config):
     write_everything(minion)
     minion.run(minion.good_pillar({"workers:list": [{**GENERIC, "count": 2}]}))
     assert relative(minion, config.pending()) == [
-        "config/roster.json",
         "config/workers/matrix-synapse-worker-1-generic.yaml",
+        "data/roster.json",
     ]
 
 

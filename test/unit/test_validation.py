@@ -605,7 +605,7 @@ def test_all_faults_between_settings_are_told_at_once(minion):
 
 def test_a_roster_that_cannot_be_read_stops_everything(minion):
     for text in ("{", "[]", '"\ud7ff'):
-        minion.write("config/roster.json", text)
+        minion.write("data/roster.json", text)
         with pytest.raises(CommandExecutionError, match=r"roster\.json.*put it back from a backup"):
             minion.plan()
 

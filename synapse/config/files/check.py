@@ -7,13 +7,16 @@ import json
 import sys
 
 from synapse.config._base import ConfigError
+from synapse.config.appservice import load_appservices
 from synapse.config.homeserver import HomeServerConfig
 
 
 def refusal(paths):
     """What Synapse says against these files, None if it accepts them."""
     try:
-        HomeServerConfig.load_config("", [word for path in paths for word in ("-c", path)])
+        config = HomeServerConfig.load_config("", [word for path in paths for word in ("-c", path)])
+        # Synapse reads these only when it starts.
+        load_appservices(config.server.server_name, config.appservice.app_service_config_files)
     except ConfigError as err:
         return f"{'.'.join(map(str, err.path or []))}: {err.msg}".lstrip(": ")
     except (Exception, SystemExit) as err:
