@@ -62,7 +62,8 @@ The directories of Synapse's sockets are declared:
 The directories of Synapse's sockets exist:
   cmd.run:
     - name: systemd-tmpfiles --create /etc/tmpfiles.d/matrix-synapse.conf
-    - onchanges:
+    - unless: stat --format '%a %U %G' {{ dirs.run }}/public {{ dirs.run }}/private | tr '\n' ' ' | grep --quiet --line-regexp '750 {{ user.name }} {{ synapse.nginx.user }} 700 {{ user.name }} {{ user.group }} '
+    - require:
       - file: The directories of Synapse's sockets are declared
 
 Synapse's secrets exist:

@@ -44,7 +44,6 @@ nginx is configured for Synapse:
     - check_cmd: /usr/local/lib/matrix-synapse/check-nginx {{ file }}
     - require:
       - pkg: nginx is installed
-      - file: The check of nginx's configuration is in place
       - cmd: Synapse's Docker network exists
       - cmd: The directories of Synapse's sockets exist
       - synapse_process: Synapse's processes are running
@@ -52,7 +51,7 @@ nginx is configured for Synapse:
 {#- The running nginx is asked which configuration it has: so a run that was cut off is put right by the next. #}
 nginx runs with this configuration:
   cmd.run:
-    - name: systemctl daemon-reload && systemctl reload-or-restart nginx
+    - name: /usr/local/lib/matrix-synapse/load-nginx {{ context.nginx.status_socket }} {{ context.digest }}
     - unless: test "$(curl --silent --unix-socket {{ context.nginx.status_socket }} http://localhost/config)" = {{ context.digest }}
     - require:
       - file: nginx is configured for Synapse
@@ -64,12 +63,17 @@ nginx starts at boot:
     - require:
       - pkg: nginx is installed
 
-The check of nginx's configuration is in place:
+{%- for helper in ("check-nginx", "load-nginx") %}
+
+The helper {{ helper }} is in place:
   file.managed:
-    - name: /usr/local/lib/matrix-synapse/check-nginx
-    - source: salt://synapse/nginx/files/check-nginx.sh
+    - name: /usr/local/lib/matrix-synapse/{{ helper }}
+    - source: salt://synapse/nginx/files/{{ helper }}.sh
     - mode: "0755"
     - makedirs: true
+    - require_in:
+      - file: nginx is configured for Synapse
+{%- endfor %}
 {%- endif %}
 
 Nothing is left of removed workers:

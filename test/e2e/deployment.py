@@ -57,7 +57,7 @@ class Deployment:
         names = self.host.run("docker", "ps", "--all", "--format", "{{.Names}}", check=False).stdout.split()
         ours = [name for name in names if name.startswith(MAIN)]
         # One that went in between is not shown, and makes for an exit status.
-        inspected = json.loads(self.host.run("docker", "inspect", *ours, check=False).stdout or "[]") if ours else []
+        inspected = json.loads(self.host.run("docker", "container", "inspect", *ours, check=False).stdout or "[]") if ours else []
         return {container["Name"].lstrip("/"): container for container in inspected}
 
     def starts(self):
