@@ -27,7 +27,7 @@ lint: setup  ## Check Python, YAML and shell scripts
 	.venv/bin/ruff check --quiet .
 	.venv/bin/ruff format --quiet --diff .
 	.venv/bin/yamllint --strict .
-	git grep -zlE --untracked '^#!/bin/(ba)?sh' | xargs -0 shellcheck
+	grep -rlZE --exclude-dir=.git --exclude-dir=.venv '^#!/bin/(ba)?sh' . | xargs -0 --no-run-if-empty shellcheck
 
 format: setup  ## Lay out Python as lint wants it
 	.venv/bin/ruff check --quiet --select I --fix .

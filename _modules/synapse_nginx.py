@@ -63,7 +63,7 @@ def well_known(settings):
 
     .. code-block:: bash
 
-        salt-call synapse_nginx.context
+        salt-call synapse_nginx.well_known '{"server_name": "example.org", "public_base_url": null, "nginx": ...}'
     """
     url = (settings["public_base_url"] or f"https://{settings['server_name']}").rstrip("/")
     host = url.split("://", 1)[1].split("/", 1)[0]

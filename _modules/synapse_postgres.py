@@ -9,7 +9,7 @@ from salt.exceptions import CommandExecutionError
 CLUSTERS = pathlib.Path("/etc/postgresql")
 
 # The PostgreSQL that a release's packages bring.
-PACKAGED = {"Debian": {12: 15, 13: 17}, "Ubuntu": {22: 14, 24: 16}}
+PACKAGED = {"Debian": {12: 15, 13: 17}}
 
 
 def version():

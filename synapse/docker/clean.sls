@@ -5,4 +5,5 @@
 Synapse's Docker network is gone:
   cmd.run:
     - name: docker network rm {{ synapse.docker.network.name }}
-    - onlyif: docker network inspect {{ synapse.docker.network.name }}
+    {#- A bridge's container may still be on it. #}
+    - onlyif: test "$(docker network inspect --format '{{ "{{len .Containers}}" }}' {{ synapse.docker.network.name }})" = 0

@@ -12,7 +12,7 @@ include:
 
 nginx is installed:
   pkg.installed:
-    - name: {{ synapse.nginx.package | json }}
+    - pkgs: {{ [synapse.nginx.package, "curl"] | json }}
     - require_in:
       - cmd: The directories of Synapse's sockets exist
 

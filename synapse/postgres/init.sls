@@ -37,8 +37,8 @@ PostgreSQL is configured for Synapse:
 {#- The running server is asked which configuration it has: so a run that was cut off is put right by the next. #}
 PostgreSQL runs with this configuration:
   cmd.run:
-    - name: systemctl $({{ psql }} "select case when exists (select from pg_file_settings where not applied) then 'restart' else 'reload-or-restart' end" || echo restart) {{ service }}
-    - unless: {{ psql }} "select current_setting('synapse_formula.digest', true) || (exists (select from pg_settings where pending_restart))" | grep --quiet --line-regexp {{ digest }}false
+    - name: systemctl $({{ psql }} "select case when exists (select from pg_file_settings where error is not null) then 'restart' else 'reload-or-restart' end" || echo restart) {{ service }}
+    - unless: {{ psql }} "select current_setting('synapse_formula.digest', true) || (exists (select from pg_settings where pending_restart and name in ('{{ options | join("','") }}')))" | grep --quiet --line-regexp {{ digest }}false
     - require:
       - file: PostgreSQL is configured for Synapse
 

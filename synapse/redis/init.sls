@@ -44,12 +44,12 @@ Redis runs with this configuration:
     - require:
       - file: Redis is configured for Synapse
       - file: Redis lets Synapse enter its socket
+    - require_in:
+      - synapse_process: Synapse's processes are running
 
 Redis starts at boot:
   service.enabled:
     - name: redis-server@synapse
     - require:
       - pkg: Redis is installed
-    - require_in:
-      - synapse_process: Synapse's processes are running
 {%- endif %}

@@ -8,9 +8,12 @@ cd "$(dirname "$0")/../.."
 progress() { printf '[%6d s] %s\n' "$SECONDS" "$*" >&2; }
 
 install_packages() {
-    local wanted=(curl debootstrap docker.io iproute2 iptables mmdebstrap python3-venv shellcheck zstd) missing=() package
+    local wanted=(apparmor curl debootstrap iproute2 iptables mmdebstrap openssl python3-venv shellcheck zstd)
+    local missing=() package
+    # Docker may be there from elsewhere, and Debian's would take its place.
+    command -v dockerd >/dev/null || wanted+=(docker.io)
     # Debian 13 has the client in a package of its own.
-    grep -q '^VERSION_ID="12"' /etc/os-release || wanted+=(docker-cli)
+    command -v docker >/dev/null || grep -q '^VERSION_ID="12"' /etc/os-release || wanted+=(docker-cli)
     for package in "${wanted[@]}"; do
         dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q ^ii || missing+=("$package")
     done
@@ -23,6 +26,25 @@ install_packages() {
         progress "installing ${missing[*]}"
         DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
             -o DPkg::Lock::Timeout=600 "${missing[@]}" >/dev/null
+    fi
+    command -v nginx >/dev/null || install_nginx
+}
+
+# The tests start an nginx of their own; the package's service must not take this machine's port 80.
+install_nginx() {
+    local policy=/usr/sbin/policy-rc.d
+    progress "installing nginx-light"
+    if [[ ! -e $policy ]]; then
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod +x $policy
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+        -o DPkg::Lock::Timeout=600 nginx-light >/dev/null
+    systemctl --quiet disable nginx
+    if [[ $(trap -p EXIT) ]]; then
+        rm -f $policy
+        trap - EXIT
     fi
 }
 
