@@ -56,8 +56,11 @@ class Deployment:
         """``docker inspect`` of every container of Synapse's, by name; nothing while the engine is down."""
         names = self.host.run("docker", "ps", "--all", "--format", "{{.Names}}", check=False).stdout.split()
         ours = [name for name in names if name.startswith(MAIN)]
+        if not ours:
+            return {}
         # One that went in between is not shown, and makes for an exit status.
-        inspected = json.loads(self.host.run("docker", "container", "inspect", *ours, check=False).stdout or "[]") if ours else []
+        shown = self.host.run("docker", "container", "inspect", *ours, check=False).stdout
+        inspected = json.loads(shown or "[]")
         return {container["Name"].lstrip("/"): container for container in inspected}
 
     def starts(self):
