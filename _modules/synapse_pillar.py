@@ -25,14 +25,18 @@ DATA_FILES = {
 # What Salt 3008 shows instead of a pillar's secrets outside of rendering: never a value that somebody chose.
 MASKED = "**********"
 
+# What stands in the place of a value that may hold a secret, or not.
+NOT_SHOWN = "(not shown)"
+
 MOST_LISTED = 32
 
 
-def settings():
+def settings(**kwargs):
     """
     Return the pillar below ``synapse``, merged over the formula's defaults.
 
-    The result holds secrets as they stand in the pillar: it is meant for templates and other modules.
+    Templates and other modules get secrets as they stand in the pillar. A job of its own, whose return is shown and may be
+    kept by a master, gets none: ``data/schema.yaml`` says what is a secret, or may hold some.
 
     CLI Example:
 
@@ -40,8 +44,37 @@ def settings():
 
         salt-call synapse_pillar.settings
     """
-    pillar = __pillar__.get("synapse")
-    return merge(knowledge()["defaults"], pillar if isinstance(pillar, dict) else {})
+    pillar, known = __pillar__.get("synapse"), knowledge()
+    merged = merge(known["defaults"], pillar if isinstance(pillar, dict) else {})
+    return _without_secrets(merged, known["schema"]["pillar"]) if is_job(kwargs) else merged
+
+
+def is_job(kwargs):
+    """
+    Return whether a function was called as a job of its own, by ``salt`` or ``salt-call``, not by a template or a module.
+
+    kwargs
+        What the function got by ``**kwargs``: Salt tells it of the job there.
+    """
+    # Of several functions in one job it is a list.
+    return "__pub_fun" in kwargs
+
+
+def _without_secrets(value, node):
+    if value is None:
+        return None
+    # What stands where nothing belongs may be anything.
+    keys, others = node.get("keys", {}), node.get("values", {"type": "secret"})
+    if node["type"] == "secret":
+        return MASKED
+    if node["type"] == "map" and isinstance(value, dict):
+        if node.get("secret"):
+            return dict.fromkeys(value, NOT_SHOWN)
+        return {key: _without_secrets(item, keys.get(key, others)) for key, item in value.items()}
+    if node["type"] == "list" and isinstance(value, list) and not node.get("secret"):
+        return [_without_secrets(item, node["items"]) for item in value]
+    misplaced = isinstance(value, (dict, list)) and node["type"] != "any"
+    return NOT_SHOWN if misplaced or _holds_secrets(node) else value
 
 
 def faults():

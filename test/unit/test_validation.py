@@ -13,6 +13,7 @@ import re
 from collections import namedtuple
 
 import pytest
+import salt.minion
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
@@ -766,3 +767,51 @@ def test_no_fault_shows_a_secret_wherever_it_stands(minion):
                 # A key is no secret.
                 said = [re.sub(f"{HUSH}{HUSH}", "", line) for line in found]
                 assert [line for line in said if HUSH in line] == []
+
+
+def as_job(function, *args):
+    """Call a function as `salt` and `salt-call` do, with what they tell of the job."""
+    args, kwargs = salt.minion.load_args_and_kwargs(function, list(args), data={"fun": function.__name__, "jid": "1"})
+    return function(*args, **kwargs)
+
+
+def test_settings_show_no_secret_to_who_asks_by_a_job(minion):
+    pillar = minion.good_pillar(
+        {
+            "secrets:form": HUSH,
+            "signing_key:current": HUSH,
+            "postgres:password": HUSH,
+            "config:email": {"smtp_pass": HUSH},
+            "workers:list": [{"type": "generic", "config": {"a": HUSH}}],
+            "appservices:bridge:registration": {"as_token": HUSH},
+        }
+    )
+    settings = minion.run(pillar).synapse_pillar.settings
+    assert settings()["config"] == {"email": {"smtp_pass": HUSH}}
+    assert settings()["secrets"]["form"] == HUSH
+    shown = as_job(settings)
+    assert HUSH not in json.dumps(shown)
+    assert shown["server_name"] == "example.org"
+    assert shown["secrets"] == {**settings()["secrets"], "form": minion.synapse_pillar.MASKED}
+    assert shown["config"] == {"email": "(not shown)"}
+    assert shown["workers"]["list"] == [{"type": "generic", "config": {"a": "(not shown)"}}]
+    assert shown["appservices"]["bridge"]["registration"] == {"as_token": "(not shown)"}
+    assert shown["nginx"] == settings()["nginx"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"secret": {"form": HUSH}},
+        {"secrets": HUSH},
+        {"secrets": {"form": [HUSH]}},
+        {"config": [HUSH]},
+        {"config": HUSH},
+        {"workers": {"list": {"config": HUSH}}},
+        {"postgres": [{"password": HUSH}]},
+        {"log": {"level": {"password": HUSH}}},
+    ],
+)
+def test_settings_show_no_secret_that_stands_in_the_wrong_place(minion, wrong):
+    minion.run({**minion.good_pillar(), **wrong})
+    assert HUSH not in json.dumps(as_job(minion.synapse_pillar.settings))
