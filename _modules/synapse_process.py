@@ -216,7 +216,11 @@ def pending():
         names whose unit file differs,
 
     ``enable``
-        names whose unit is not enabled,
+        names whose unit is not enabled, but should be,
+
+    ``disable``
+        names whose unit is enabled, but should not: only if ``synapse:process:running`` is false, so that the host boots
+        without them,
 
     ``restart``
         names of what runs, but not with the inputs that it should, and of all that the main process takes along,
@@ -240,6 +244,7 @@ def pending():
     def active(name):
         return known[name]["ActiveState"] in ("active", "reloading")
 
+    enabled = [name for name in wanted if known[name]["UnitFileState"] == "enabled"]
     alive = [name for name in wanted if active(name) or known[name]["ActiveState"] == "activating"]
     outdated = [name for name in alive if there.get(name, {}).get("inputs") != wanted[name]["inputs"]]
     if MAIN in outdated:
@@ -247,7 +252,8 @@ def pending():
         outdated = alive
     return {
         "write": [name for name, unit in wanted.items() if _text(name) != unit["text"]],
-        "enable": [name for name in wanted if known[name]["UnitFileState"] != "enabled"],
+        "enable": [name for name in wanted if name not in enabled] if running else [],
+        "disable": [] if running else enabled,
         "restart": outdated if running else [],
         # One that is still starting may be failing over and over: it is waited for, and told of.
         "start": [name for name in wanted if name not in outdated and not active(name)] if running else [],
@@ -275,17 +281,16 @@ def apply(todo):
 
     .. code-block:: bash
 
-        salt-call synapse_process.apply '{"write": [], "enable": [], "restart": [], "start": [matrix-synapse], "stop": []}'
+        salt-call synapse_process.apply '{write: [], enable: [], disable: [], restart: [], start: [matrix-synapse], stop: []}'
     """
     wanted = units()
     for name in todo["write"]:
         _write_unit(name, wanted[name]["text"])
     if todo["write"] or any(state["NeedDaemonReload"] == "yes" for state in states(list(wanted)).values()):
         _systemctl("daemon-reload")
-    if todo["enable"]:
-        _systemctl("enable", *_services(todo["enable"]))
-    if MAIN in todo["stop"]:
-        _systemctl("stop", f"{MAIN}.service")
+    for verb in ("enable", "disable", "stop"):
+        if todo[verb]:
+            _systemctl(verb, *_services(todo[verb]))
     # The main process takes along the workers that run, and starts the others.
     restart = [MAIN] if MAIN in todo["restart"] else todo["restart"]
     start = [name for name in wanted if name in todo["start"] or (MAIN in restart and name != MAIN)]

@@ -8,6 +8,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 def running(name):
     """
     Every process of the plan has its unit, and runs with what the pillar says; each is started or restarted at most once.
+    Where ``synapse:process:running`` is false, each is stopped, and its unit disabled.
 
     name
         A sentence; only shown.
@@ -36,6 +37,7 @@ def _changes(todo):
     changes = {}
     for key, old, new in (
         ("enable", "unit", "unit enabled"),
+        ("disable", "unit", "unit disabled"),
         ("write", "unit", "unit written"),
         ("stop", "running", "stopped"),
         ("start", "stopped", "running"),

@@ -30,7 +30,13 @@ class Minion:
     """
 
     def __init__(self):
-        self.pillar, self.context, self.salt = {}, {}, {"cp.get_file_str": served}
+        self.pillar, self.context = {}, {}
+        # There is neither the account nor the group.
+        self.salt = {
+            "cp.get_file_str": served,
+            "file.user_to_uid": lambda name: "",
+            "file.group_to_gid": lambda name: "",
+        }
         dunders = {
             "__salt__": self.salt,
             "__pillar__": self.pillar,
@@ -89,6 +95,7 @@ class Minion:
         path = self.directory / path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+        path.chmod(0o640)
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +111,17 @@ def minion(formula, tmp_path):
     formula.salt.update(formula.own)
     yield formula.move_to(tmp_path)
     formula.move_to(pathlib.Path("/nonexistent"))
+
+
+@pytest.fixture
+def formula_state(minion):
+    """A module of states, under test=True."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"states_{name}", ROOT / f"_states/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        vars(module).update({"__salt__": minion.salt, "__opts__": {"test": True}})
+        return module
+
+    return load

@@ -300,7 +300,7 @@ def host(minion, process):
     return run_all
 
 
-NOTHING = {"write": [], "enable": [], "restart": [], "start": [], "stop": []}
+NOTHING = {"write": [], "enable": [], "disable": [], "restart": [], "start": [], "stop": []}
 
 
 def test_nothing_is_to_be_done_where_all_is_as_it_should_be(process, host):
@@ -341,7 +341,45 @@ def test_what_should_not_run_is_stopped_and_neither_started_nor_restarted(minion
     host.states[FIRST]["ActiveState"] = "failed"
     host.inputs[SECOND] = "others"
     minion.pillar["synapse"]["process"] = {"running": False}
-    assert process.pending() == {**NOTHING, "stop": [MAIN, SECOND]}
+    assert process.pending() == {**NOTHING, "disable": NAMES, "stop": [MAIN, SECOND]}
+
+
+def test_what_should_not_run_is_not_enabled_so_that_no_boot_starts_it(minion, process, host):
+    for name in NAMES:
+        host.states[name] = {"ActiveState": "inactive", "UnitFileState": "disabled"}
+    host.states[FIRST]["UnitFileState"] = "enabled"
+    minion.pillar["synapse"]["process"] = {"running": False}
+    assert process.pending() == {**NOTHING, "disable": [FIRST]}
+
+
+@pytest.mark.parametrize("stop", [[MAIN, FIRST], [FIRST, SECOND]])
+def test_all_that_should_not_run_is_stopped_and_disabled_in_one_call_each(minion, process, host, stop):
+    asked = []
+
+    def run_all(command, **kwargs):
+        if command[:2] == ["systemctl", "show"]:
+            return host(command)
+        asked.append(command)
+        return {"retcode": 0, "stdout": "", "stderr": ""}
+
+    for state in host.states.values():
+        state["NeedDaemonReload"] = "no"
+    minion.salt["cmd.run_all"] = run_all
+    process.apply({**NOTHING, "disable": NAMES, "stop": stop})
+    assert asked == [
+        ["systemctl", "disable", *(f"{name}.service" for name in NAMES)],
+        ["systemctl", "stop", *(f"{name}.service" for name in stop)],
+    ]
+
+
+def test_the_state_tells_of_units_that_are_disabled(minion, process, host, formula_state):
+    todo = {**NOTHING, "disable": NAMES, "stop": [MAIN]}
+    minion.salt |= {"synapse_process.pending": lambda: todo, "synapse_process.present": lambda: NAMES}
+    assert formula_state("synapse_process").running("all")["changes"] == {
+        MAIN: {"old": "running", "new": "stopped"},
+        FIRST: {"old": "unit", "new": "unit disabled"},
+        SECOND: {"old": "unit", "new": "unit disabled"},
+    }
 
 
 def test_a_worker_that_came_new_is_all_that_is_to_be_done(minion, process, host):
