@@ -9,6 +9,7 @@ import os
 import pathlib
 import secrets as random_secrets
 import shutil
+import stat
 import string
 import tempfile
 
@@ -28,6 +29,9 @@ SECRET_PATH_SETTINGS = {
     "registration_shared_secret_path": "registration",
     "signing_key_path": SIGNING_KEY,
 }
+
+# Of every file written here: Synapse reads, and cannot write, its own configuration.
+OWNER, MODE = 0, 0o640
 
 POSTGRES_SOCKETS = "/run/postgresql"
 REDIS_SOCKETS = "/run/redis-synapse"
@@ -190,7 +194,8 @@ def identity():
 
 def pending():
     """
-    Return the paths of the files that a run would write: those of :func:`files` that differ from what is there.
+    Return the paths of the files that a run would write: those of :func:`files` that differ from what is there in text,
+    owner, group or mode, and ``accepted-by``, unless it names the image that is wanted.
 
     CLI Example:
 
@@ -198,12 +203,29 @@ def pending():
 
         salt-call synapse_config.pending
     """
-    return [path for path, text in files().items() if _read(path) != text]
+    settings = __salt__["synapse_pillar.settings"]()
+    return _pending(settings, __salt__["synapse_image.wanted"](settings["image"])["id"])
+
+
+def _pending(settings, image_id):
+    _, gid = identity()
+    wanted = {**files(), _accepted_by(settings): image_id}
+    return [path for path, text in wanted.items() if text is None or _read(path) != text or not _is_ours(path, gid)]
+
+
+def _accepted_by(settings):
+    """The file that names the image whose Synapse has accepted the configuration: another one may not accept it."""
+    return f"{settings['directories']['config']}/accepted-by"
+
+
+def _is_ours(path, gid):
+    there = os.stat(path)
+    return (there.st_uid, there.st_gid, stat.S_IMODE(there.st_mode)) == (OWNER, gid, MODE)
 
 
 def superfluous():
     """
-    Return the paths of configuration files that nothing in the pillar asks for any more.
+    Return the paths of configuration files that nothing in the pillar asks for any more, and of what a killed run left.
 
     CLI Example:
 
@@ -216,7 +238,17 @@ def superfluous():
     there = [
         path for pattern in ("workers/*.yaml", "appservices/*.yaml", "log-*.yaml") for path in directory.glob(pattern)
     ]
-    return sorted(str(path) for path in there if str(path) not in files())
+    return sorted([*(str(path) for path in there if str(path) not in files()), *_leftovers(settings)])
+
+
+def _leftovers(settings):
+    """The paths of what a run that was killed while it wrote has left: it may hold a password."""
+    config, data = (pathlib.Path(settings["directories"][name]) for name in ("config", "data"))
+    patterns = {
+        config: (".candidate-*", "*.new", "workers/*.new", "appservices/*.new"),
+        data: ("secrets/*.new", "roster.json.new"),
+    }
+    return [str(path) for directory in patterns for pattern in patterns[directory] for path in directory.glob(pattern)]
 
 
 def _read(path):
@@ -232,6 +264,9 @@ def write(image):
     """
     Write the files that differ, once Synapse's own parser has accepted them all; return their paths.
 
+    The parser reads what changed in text, and everything while ``accepted-by`` names another image. What a killed run
+    left is removed.
+
     image
         The reference or id of the image whose Synapse shall accept them.
 
@@ -243,22 +278,30 @@ def write(image):
 
         salt-call synapse_config.write matrixdotorg/synapse:v1.163.2
     """
-    changed = pending()
+    settings = __salt__["synapse_pillar.settings"]()
+    for path in _leftovers(settings):
+        __salt__["file.remove"](path)
+    wanted, accepted_by = __salt__["synapse_image.wanted"](settings["image"]), _accepted_by(settings)
+    changed = _pending(settings, wanted["id"])
     if not changed:
         return []
-    settings = __salt__["synapse_pillar.settings"]()
+    if image == wanted["reference"]:
+        image = wanted["id"] or image
+    # Last, so that it never tells of files that are not written yet.
+    texts = {**files(), accepted_by: image}
     directory = settings["directories"]["config"]
     _, gid = identity()
     candidate = tempfile.mkdtemp(prefix=".candidate-", dir=directory)
     try:
         os.chmod(candidate, 0o750)
-        os.chown(candidate, 0, gid)
+        os.chown(candidate, OWNER, gid)
         for path, text in files().items():
             if path.startswith(directory + "/"):
                 _put(os.path.join(candidate, os.path.relpath(path, directory)), text, gid)
-        _check(candidate, set(changed), image, settings)
+        other = {path for path in changed if _read(path) != texts[path]}
+        _check(candidate, set(texts) if accepted_by in other else other, image, settings)
         for path in changed:
-            _put(path + ".new", files()[path], gid)
+            _put(path + ".new", texts[path], gid)
             os.replace(path + ".new", path)
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
@@ -268,14 +311,16 @@ def write(image):
 def _make_directory(path, gid):
     if not os.path.isdir(path):
         os.mkdir(path, 0o750)
-        os.chown(path, 0, gid)
+        os.chown(path, OWNER, gid)
 
 
-def _put(path, text, gid, mode=0o640):
+def _put(path, text, gid):
     _make_directory(os.path.dirname(path), gid)
-    with salt.utils.files.fopen(path, "w", encoding="utf-8", opener=lambda p, flags: os.open(p, flags, mode)) as handle:
+    with salt.utils.files.fopen(path, "w", encoding="utf-8", opener=lambda p, flags: os.open(p, flags, MODE)) as handle:
         handle.write(text)
-    os.chown(path, 0, gid)
+    os.chown(path, OWNER, gid)
+    # Whatever the umask has taken away.
+    os.chmod(path, MODE)
 
 
 def _check(candidate, changed, image, settings):
@@ -317,7 +362,8 @@ def _check(candidate, changed, image, settings):
 
 def pending_secrets():
     """
-    Return the names of the secrets that a run would write: those missing, and those the pillar gives another value.
+    Return the names of the secrets that a run would write: those missing, those the pillar gives another value, and those
+    of another owner, group or mode.
 
     CLI Example:
 
@@ -327,10 +373,12 @@ def pending_secrets():
     """
     settings = __salt__["synapse_pillar.settings"]()
     given = _given_secrets(settings)
+    _, gid = identity()
     pending = []
     for name in (*SECRETS, SIGNING_KEY):
-        there = _read(_secret_path(settings, name))
-        if there is None or (name in given and given[name] != there):
+        path = _secret_path(settings, name)
+        there = _read(path)
+        if there is None or given.get(name, there) != there or not _is_ours(path, gid):
             pending.append(name)
     return pending
 
@@ -353,12 +401,43 @@ def write_secrets():
     pending = pending_secrets()
     for name in pending:
         path = _secret_path(settings, name)
-        if name == SIGNING_KEY and os.path.exists(path):
-            _put(f"{path}.{_key_id(_read(path)).replace(':', '_')}", _read(path), gid)
-        text = given.get(name) or (_new_signing_key() if name == SIGNING_KEY else random_secrets.token_urlsafe(48))
+        there = _read(path)
+        text = given.get(name, there)
+        if text is None:
+            text = _new_signing_key() if name == SIGNING_KEY else random_secrets.token_urlsafe(48)
+        if name == SIGNING_KEY and there not in (None, text):
+            _put(f"{path}.{_key_id(there).replace(':', '_')}", there, gid)
         _put(path + ".new", text, gid)
         os.replace(path + ".new", path)
     return pending
+
+
+def faults():
+    """
+    Return the faults of a pillar that asks for what cannot be done to the homeserver that is there, a sentence each.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_config.faults
+    """
+    return _identity_faults() + signing_key_faults()
+
+
+def _identity_faults():
+    # `usermod` would pull the files from under running processes.
+    user = __salt__["synapse_pillar.settings"]()["user"]
+    found = []
+    for key, what, name, function in (
+        ("uid", "account", user["name"], "file.user_to_uid"),
+        ("gid", "group", user["group"], "file.group_to_gid"),
+    ):
+        there = "" if user[key] is None else __salt__[function](name)
+        if there not in ("", user[key]):
+            right = f"the {what} {name} has {there} already; change it by hand while nothing runs"
+            found.append(__salt__["synapse_pillar.fault"](f"synapse:user:{key}", user[key], right))
+    return found
 
 
 def signing_key_faults():

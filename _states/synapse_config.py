@@ -15,7 +15,8 @@ def managed(name, image):
     image
         The reference of the image whose Synapse shall accept them.
 
-    Changes tell which files are new or changed, never what is in them.
+    Changes tell which files are new or changed, never what is in them. Among them is ``accepted-by``, where another image
+    is wanted than the one that accepted the configuration.
     """
     ret = {"name": name, "result": True, "comment": "All configuration files are as they should be", "changes": {}}
     try:
@@ -49,7 +50,7 @@ def secrets_exist(name):
         if not pending:
             return ret
         ret["changes"] = {
-            item: {"old": "another value" if __salt__["file.file_exists"](f"{name}/{item}") else None, "new": "written"}
+            item: {"old": "out of date" if __salt__["file.file_exists"](f"{name}/{item}") else None, "new": "written"}
             for item in pending
         }
         if __opts__["test"]:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import stat
 
 import pytest
@@ -18,6 +19,7 @@ TYPING = {"type": "stream-writer", "stream": "typing"}
 REGISTRATION = {"url": None, "sender_localpart": "bot", "namespaces": {}, "as_token": "a" * 16, "hs_token": "b" * 16}
 SECRET = "hush-0123456789abcdef"
 OLD_KEY = f"ed25519 a_old {'A' * 43}\n"
+IMAGE = {"reference": "image", "id": "sha256:0123", "pycache": None}
 NEW_KEY = f"ed25519 a_new {'B' * 43}\n"
 PROCESSES = [
     "matrix-synapse",
@@ -29,7 +31,12 @@ PROCESSES = [
 
 @pytest.fixture(autouse=True)
 def account(minion):
-    minion.salt |= {"file.user_to_uid": lambda name: os.getuid(), "file.group_to_gid": lambda name: os.getgid()}
+    minion.salt |= {
+        "file.user_to_uid": lambda name: os.getuid(),
+        "file.group_to_gid": lambda name: os.getgid(),
+        "file.remove": lambda path: shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path),
+        "synapse_image.wanted": lambda image: IMAGE,
+    }
 
 
 @pytest.fixture
@@ -47,6 +54,7 @@ def write_everything(minion):
     """As a run does it, without Synapse's own check."""
     for path, text in minion.synapse_config.files().items():
         minion.write(os.path.relpath(path, minion.directory), text)
+    minion.write("config/accepted-by", IMAGE["id"])
 
 
 def texts(minion):
@@ -217,7 +225,7 @@ def test_files_are_those_of_the_plan(minion, config):
 
 def test_a_run_would_write_what_differs_and_nothing_twice(minion, config):
     minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
-    assert sorted(config.pending()) == sorted(config.files())
+    assert config.pending() == [*config.files(), f"{minion.directory}/config/accepted-by"]
     write_everything(minion)
     assert config.pending() == []
     minion.run(minion.good_pillar({"workers:list": [GENERIC, {**PUSHER, "log_level": "DEBUG"}]}))
@@ -365,7 +373,7 @@ def parser(minion):
 def test_files_are_written_once_synapse_accepts_them(minion, config, parser):
     minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
     changed = config.write("image")
-    assert sorted(changed) == sorted(config.files())
+    assert changed == [*config.files(), f"{minion.directory}/config/accepted-by"]
     assert config.pending() == []
     assert config.write("image") == []
     (asked,) = parser.asked
@@ -394,6 +402,139 @@ def test_what_synapse_does_not_accept_changes_nothing(minion, config, parser):
     with pytest.raises(CommandExecutionError, match=r"does not accept the configuration:\n.*\n  it is bad"):
         config.write("image")
     assert texts(minion) == before
+
+
+def spoil_owner(path):
+    os.chown(path, 12345, -1)
+
+
+def spoil_group(path):
+    os.chown(path, -1, 12345)
+
+
+def spoil_mode(path):
+    os.chmod(path, 0o644)
+
+
+SPOILERS = [spoil_owner, spoil_group, spoil_mode]
+
+
+def attributes(path):
+    there = os.stat(path)
+    return there.st_uid, there.st_gid, stat.S_IMODE(there.st_mode)
+
+
+OURS = (0, os.getgid(), 0o640)
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+@pytest.mark.parametrize("name", ["config/homeserver.yaml", "data/roster.json", "config/accepted-by"])
+def test_owner_group_and_mode_are_put_right_without_asking_synapse(minion, config, parser, spoil, name):
+    minion.run(minion.good_pillar())
+    config.write("image")
+    before, digests, asked = texts(minion), config.digests(), list(parser.asked)
+    spoil(minion.directory / name)
+    assert relative(minion, config.pending()) == [name]
+    assert relative(minion, config.write("image")) == [name]
+    assert attributes(minion.directory / name) == OURS
+    assert (texts(minion), config.digests(), parser.asked) == (before, digests, asked)
+    assert config.pending() == []
+
+
+def test_an_account_of_another_group_makes_every_file_pending(minion, config, parser):
+    minion.run(minion.good_pillar())
+    config.write("image")
+    minion.salt["file.group_to_gid"] = lambda name: 12345
+    assert config.pending() == [*config.files(), f"{minion.directory}/config/accepted-by"]
+
+
+def test_no_umask_keeps_files_from_synapse(minion, config, parser):
+    minion.run(minion.good_pillar())
+    before = os.umask(0o077)
+    try:
+        config.write("image")
+    finally:
+        os.umask(before)
+    assert {attributes(path) for path in config.files()} == {OURS}
+
+
+LEFT = [
+    "config/.candidate-x",
+    "config/appservices/bridge.yaml.new",
+    "config/homeserver.yaml.new",
+    "config/workers/matrix-synapse-worker-0-generic.yaml.new",
+    "data/roster.json.new",
+    "data/secrets/form.new",
+]
+
+
+def test_what_a_killed_run_left_is_removed(minion, config, parser):
+    minion.run(minion.good_pillar())
+    config.write("image")
+    minion.write("config/.candidate-x/homeserver.yaml", SECRET)
+    for name in LEFT[1:]:
+        minion.write(name, SECRET)
+    assert relative(minion, config.superfluous()) == LEFT
+    assert config.write("image") == []
+    assert config.superfluous() == []
+    assert not [name for name in LEFT if (minion.directory / name).exists()]
+    assert (minion.directory / "config/homeserver.yaml").exists()
+
+
+def test_another_image_is_asked_about_all_though_nothing_else_changed(minion, config, parser):
+    minion.run(minion.good_pillar({"workers:list": WORKERS}))
+    config.write("image")
+    minion.salt["synapse_image.wanted"] = lambda image: {**IMAGE, "id": "sha256:4567"}
+    assert relative(minion, config.pending()) == ["config/accepted-by"]
+    parser.answer = {"retcode": 1, "stdout": "no", "stderr": ""}
+    with pytest.raises(CommandExecutionError, match="does not accept"):
+        config.write("image")
+    assert relative(minion, config.pending()) == ["config/accepted-by"]
+    parser.answer = {"retcode": 0, "stdout": "", "stderr": ""}
+    assert relative(minion, config.write("image")) == ["config/accepted-by"]
+    assert list(parser.asked[-1]["readers"]) == PROCESSES
+    assert "sha256:4567" in parser.asked[-1]["command"]
+    assert (minion.directory / "config/accepted-by").read_text() == "sha256:4567"
+    assert config.pending() == []
+
+
+def test_an_image_that_is_not_there_yet_is_foreseen(minion, config, parser):
+    minion.run(minion.good_pillar())
+    config.write("image")
+    minion.salt["synapse_image.wanted"] = lambda image: {**IMAGE, "id": None}
+    assert relative(minion, config.pending()) == ["config/accepted-by"]
+
+
+def test_what_another_image_accepts_is_not_taken_for_accepted_by_the_wanted_one(minion, config, parser):
+    minion.run(minion.good_pillar())
+    config.write("other")
+    assert relative(minion, config.pending()) == ["config/accepted-by"]
+
+
+# The account
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({}, []),
+        ({"uid": 999, "gid": 998}, []),
+        (
+            {"uid": 1234},
+            ["synapse:user:uid: 1234: the account synapse has 999 already; change it by hand while nothing runs"],
+        ),
+        (
+            {"gid": 1234},
+            ["synapse:user:gid: 1234: the group synapse has 998 already; change it by hand while nothing runs"],
+        ),
+    ],
+)
+def test_an_account_keeps_its_ids(minion, config, ids, expected):
+    minion.salt |= {"file.user_to_uid": lambda name: 999, "file.group_to_gid": lambda name: 998}
+    minion.run(minion.good_pillar({f"user:{key}": value for key, value in ids.items()}))
+    assert config.faults() == expected
+    minion.salt |= {"file.user_to_uid": lambda name: "", "file.group_to_gid": lambda name: ""}
+    assert config.faults() == []
 
 
 # Secrets
@@ -445,6 +586,18 @@ def test_the_pillars_secrets_are_taken_and_stay_when_it_forgets_them(minion, con
     assert config.pending_secrets() == []
 
 
+@pytest.mark.parametrize("spoil", SPOILERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_secret_whose_owner_group_or_mode_is_put_right_stays(minion, config, secrets, spoil, name):
+    minion.run(minion.good_pillar())
+    config.write_secrets()
+    before = {path.name: path.read_text() for path in secrets.iterdir()}
+    spoil(secrets / name)
+    assert config.pending_secrets() == config.write_secrets() == [name]
+    assert attributes(secrets / name) == OURS
+    assert {path.name: path.read_text() for path in secrets.iterdir()} == before
+
+
 def test_the_pillars_secret_replaces_a_random_one(minion, config, secrets):
     minion.run(minion.good_pillar())
     config.write_secrets()
@@ -458,9 +611,10 @@ def test_a_signing_key_is_replaced_only_if_the_old_one_is_named_and_is_kept_besi
     minion.write("data/secrets/signing.key", OLD_KEY)
     (line,) = minion.run(minion.good_pillar({"signing_key:current": NEW_KEY})).synapse_config.signing_key_faults()
     assert "signs with ed25519:a_old" in line
+    assert config.faults() == [line]
     old = {"ed25519:a_old": {"key": "A" * 43, "expired_ts": 1}}
     minion.run(minion.good_pillar({"signing_key:current": NEW_KEY, "signing_key:old": old}))
-    assert config.signing_key_faults() == []
+    assert config.faults() == config.signing_key_faults() == []
     config.write_secrets()
     assert (secrets / "signing.key").read_text() == NEW_KEY
     assert (secrets / "signing.key.ed25519_a_old").read_text() == OLD_KEY
