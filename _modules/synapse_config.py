@@ -40,9 +40,10 @@ CHECK_SCRIPT = "salt://synapse/config/files/check.py"
 HEADER = "# Written by synapse-formula from the pillar: a change made here is lost at the next state.apply.\n"
 
 
-def files():
+def files(**kwargs):
     """
-    Return the files that the pillar asks for, without touching any: a dict from path to text.
+    Return the files that the pillar asks for, without touching any: a dict from path to text. A job of its own gets the
+    paths alone, since there may be secrets in the text.
 
     CLI Example:
 
@@ -50,6 +51,11 @@ def files():
 
         salt-call synapse_config.files
     """
+    texts = _texts()
+    return list(texts) if __salt__["synapse_pillar.is_job"](kwargs) else texts
+
+
+def _texts():
     settings = __salt__["synapse_pillar.settings"]()
     plan = __salt__["synapse_workers.plan"]()
     registrations = __salt__["synapse_appservice.registrations"]()

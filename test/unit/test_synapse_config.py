@@ -10,6 +10,7 @@ import shutil
 import stat
 
 import pytest
+import salt.minion
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
@@ -509,6 +510,14 @@ def test_what_another_image_accepts_is_not_taken_for_accepted_by_the_wanted_one(
     minion.run(minion.good_pillar())
     config.write("other")
     assert relative(minion, config.pending()) == ["config/accepted-by"]
+
+
+def test_a_job_gets_paths_alone(minion, config):
+    minion.run(minion.good_pillar({"config:email": {"smtp_pass": SECRET}}))
+    paths = list(config.files())
+    assert SECRET in "".join(config.files().values())
+    _, kwargs = salt.minion.load_args_and_kwargs(config.files, [], data={"fun": "synapse_config.files"})
+    assert config.files(**kwargs) == paths
 
 
 # The account
