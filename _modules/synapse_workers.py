@@ -116,7 +116,7 @@ def _faults_of_content():
     settings = __salt__["synapse_pillar.settings"]()
     known = __salt__["synapse_pillar.knowledge"]()
     found = faults(settings, known["workers"], roster(settings))
-    return found + __salt__["synapse_appservice.faults"]() + __salt__["synapse_config.signing_key_faults"]()
+    return found + __salt__["synapse_appservice.faults"]() + __salt__["synapse_config.faults"]()
 
 
 def outdated_modules():

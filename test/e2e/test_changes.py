@@ -1,10 +1,12 @@
 """What an apply restarts: exactly the processes whose inputs changed, each once; and what it removes."""
 
+import base64
 import copy
 import json
+import secrets
 
 import pytest
-from deployment import MAIN, until
+from deployment import MAIN, request, until
 
 PROCESSES = "Synapse's processes are running"
 BACKGROUND = "matrix-synapse-worker-6-background"
@@ -110,6 +112,41 @@ def test_a_run_that_was_killed_before_the_restart_is_put_right_by_the_next(deplo
     assert restarted(deployed, before) == {BACKGROUND}
 
 
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("compgen -G '/etc/matrix-synapse/.candidate-*'", id="while Synapse checks the configuration"),
+        pytest.param(
+            f"grep --quiet 'enable_metrics: false' /etc/matrix-synapse/workers/{BACKGROUND}.yaml",
+            id="when the configuration is written",
+        ),
+        pytest.param(
+            f"! cmp --silent /run/unit-before /etc/systemd/system/{BACKGROUND}.service", id="when the unit is written"
+        ),
+        pytest.param(f"! systemctl is-active --quiet {BACKGROUND}.service", id="while the process restarts"),
+    ],
+)
+def test_a_run_that_is_killed_is_put_right_by_the_next(deployed, moment):
+    before = deployed.starts()
+    worker(deployed, "background")["config"] = {"enable_metrics": False}
+    deployed.write_pillar()
+    # SIGKILL to the run and all that it started, at the moment; this fails if it was over before.
+    deployed.host.sh(
+        f"""cp /etc/systemd/system/{BACKGROUND}.service /run/unit-before
+        setsid salt-call --local state.apply synapse >/dev/null 2>&1 &
+        until {moment} >/dev/null; do kill -0 $!; sleep 0.01; done
+        kill -KILL -- -$!
+        status=0; wait $! || status=$?
+        test $status = 137""",
+        timeout=60,
+    )
+    until(lambda: deployed.active(BACKGROUND) == "active", "systemd has done what the run may have asked for")
+    applied_exactly(deployed)
+    assert restarted(deployed, before) == {BACKGROUND}
+    left = r"find /etc/matrix-synapse /etc/systemd/system \( -name '.candidate-*' -o -name '*.new' \)"
+    assert deployed.host.sh(left).stdout == ""
+
+
 def test_a_run_that_was_killed_before_nginx_reloaded_is_put_right_by_the_next(deployed):
     file = "/etc/nginx/conf.d/matrix-synapse.conf"
     deployed.pillar["max_upload_size"] = "60M"
@@ -143,6 +180,18 @@ def test_a_configuration_that_nginx_refuses_replaces_nothing(deployed):
     deployed.host.run("nginx", "-t")
 
 
+def test_an_nginx_that_is_not_managed_is_left_alone(deployed):
+    look = "stat --format '%Y %i' /etc/nginx/conf.d/matrix-synapse.conf; pgrep nginx"
+    before = deployed.host.sh(look).stdout
+    deployed.pillar["nginx"]["managed"] = False
+    # Which nginx would have to know of.
+    worker(deployed, "generic")["count"] = 3
+    done = applied_exactly(deployed)
+    assert "matrix-synapse-worker-8-generic" in done[PROCESSES]
+    assert not [state for state in done if "nginx" in state]
+    assert deployed.host.sh(look).stdout == before
+
+
 def test_tls_from_given_certificate_files(deployed):
     host, directory = deployed.host, "/etc/ssl/synapse-test"
     host.sh(
@@ -165,6 +214,8 @@ def test_tls_from_given_certificate_files(deployed):
         ({"workers": {"list": [{"type": "background", "count": 2}]}}, "synapse:workers:list:0"),
         ({"config": {"run_background_tasks_on": "nobody"}}, "synapse:config:run_background_tasks_on"),
         ({"server_name": "another.example"}, "synapse:server_name"),
+        # A new key, but nobody would know the old one any more.
+        ({"signing_key": {"current": "ed25519 a_next " + "A" * 43}}, "synapse:signing_key:current"),
     ],
 )
 def test_a_bad_pillar_gets_a_clear_error_and_changes_nothing(deployed, change, path):
@@ -187,6 +238,23 @@ def test_the_signing_key_and_the_generated_secrets_stay(deployed):
     deployed.pillar["config"]["presence"] = {"enabled": False}
     deployed.apply()
     assert deployed.host.sh(read).stdout == before
+
+
+def test_a_replaced_signing_key_is_still_published_as_an_old_one(deployed):
+    def published():
+        return request(deployed.url.replace(":8008", ":8448") + "/_matrix/key/v2/server")[0]
+
+    before = published()["verify_keys"]
+    old = {key: {**value, "expired_ts": 1700000000000} for key, value in before.items()}
+    version, seed = f"t_{secrets.token_hex(4)}", base64.b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+    deployed.pillar["signing_key"] = {"current": f"ed25519 {version} {seed}", "old": old}
+    applied_exactly(deployed)
+    keys = published()
+    assert keys["old_verify_keys"] == old
+    assert set(keys["verify_keys"]) == {f"ed25519:{version}"}
+    assert set(keys["signatures"]["example.org"]) == {f"ed25519:{version}"}
+    alice = deployed.user()
+    alice.say(alice.room(), "signed by the new key")
 
 
 def test_a_secret_of_the_pillar_takes_the_place_of_the_generated_one(deployed):
