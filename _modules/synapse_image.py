@@ -61,6 +61,8 @@ BASE_REPOSITORY = f"{REPOSITORY}-base"
 SOCKET = "/var/run/docker.sock"
 
 # Labels: what an image was made of, and that a container or volume is of this module's making.
+# What synapse_process puts on the containers of processes.
+PROCESS_LABEL = "org.matrix.synapse.process"
 INPUTS_LABEL = "org.matrix.synapse.inputs"
 FROM_LABEL = "org.matrix.synapse.from"
 PURPOSE_LABEL = "org.matrix.synapse.purpose"
@@ -287,7 +289,7 @@ def ensure(image):
     return changes
 
 
-def removable(image):
+def removable(image, without_processes=False):
     """
     Return what :py:func:`remove` would remove and what it would leave, and change nothing.
 
@@ -798,8 +800,10 @@ def _volumes(client):
     return sorted(volume["Name"] for volume in found or [])
 
 
-def _removable(client, image):
+def _removable(client, image, without_processes=False):
     containers = client.containers(all=True)
+    if without_processes:
+        containers = [found for found in containers if PROCESS_LABEL not in found["Labels"]]
     used_images = {container["ImageID"] for container in containers}
     used_volumes = {mount.get("Name") for found in containers for mount in found["Mounts"]}
 

@@ -50,7 +50,8 @@ def absent(name, image):
     """
     Ensure that no image is left that was built here, nor the pulled one, nor their byte code.
 
-    What a container uses is left, and named in the comment.
+    What a container uses is left, and named in the comment. A test run supposes that those of Synapse's processes are
+    gone by then.
 
     name
         A name for this, which can be any.
@@ -60,8 +61,10 @@ def absent(name, image):
     """
     ret = {"name": name, "result": True, "comment": "No image is left", "changes": {}}
     try:
-        function = "removable" if __opts__["test"] else "remove"
-        targets = __salt__[f"synapse_image.{function}"](image)
+        if __opts__["test"]:
+            targets = __salt__["synapse_image.removable"](image, without_processes=True)
+        else:
+            targets = __salt__["synapse_image.remove"](image)
         ret["changes"] = {
             **{ref: {"old": found, "new": None} for ref, found in targets["images"].items()},
             **{volume: {"old": volume, "new": None} for volume in targets["volumes"]},

@@ -18,10 +18,3 @@ Synapse's Redis is stopped:
     - require:
       - service: Synapse's Redis is stopped
 {%- endfor %}
-
-systemd forgot what Synapse's Redis was told:
-  cmd.run:
-    - name: systemctl daemon-reload
-    - onlyif: systemctl show --property=DropInPaths redis-server@synapse | grep --quiet matrix-synapse
-    - require:
-      - file: /etc/systemd/system/redis-server@synapse.service.d is gone
