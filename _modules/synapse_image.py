@@ -307,11 +307,14 @@ def removable(image, without_processes=False):
 
     image
         The image's settings, a mapping as shown on top of this module.
+
+    without_processes
+        Say what it will be once the containers of Synapse's processes are gone.
     """
     if not _is_installed():
         return {"images": {}, "volumes": [], "used": []}
     with _docker() as client:
-        return _removable(client, image)
+        return _removable(client, image, without_processes)
 
 
 def remove(image):

@@ -298,7 +298,7 @@ def test_engine_that_does_not_answer_is_an_error(module, monkeypatch):
 
 
 def test_states_turn_errors_into_results(module, state):
-    def fail(image):
+    def fail(image, **kwargs):
         raise CommandExecutionError("no engine")
 
     for test in (True, False):
