@@ -244,7 +244,10 @@ def superfluous():
     there = [
         path for pattern in ("workers/*.yaml", "appservices/*.yaml", "log-*.yaml") for path in directory.glob(pattern)
     ]
-    return sorted([*(str(path) for path in there if str(path) not in files()), *_leftovers(settings)])
+    # What a run is about to write makes use of its own leftover.
+    used = {f"{path}.new" for path in pending()}
+    left = [path for path in _leftovers(settings) if path not in used]
+    return sorted([*(str(path) for path in there if str(path) not in files()), *left])
 
 
 def _leftovers(settings):
@@ -270,8 +273,7 @@ def write(image):
     """
     Write the files that differ, once Synapse's own parser has accepted them all; return their paths.
 
-    The parser reads what changed in text, and everything while ``accepted-by`` names another image. What a killed run
-    left is removed.
+    The parser reads what changed in text, and everything while ``accepted-by`` names another image.
 
     image
         The reference or id of the image whose Synapse shall accept them.
@@ -285,8 +287,6 @@ def write(image):
         salt-call synapse_config.write matrixdotorg/synapse:v1.163.2
     """
     settings = __salt__["synapse_pillar.settings"]()
-    for path in _leftovers(settings):
-        __salt__["file.remove"](path)
     wanted, accepted_by = __salt__["synapse_image.wanted"](settings["image"]), _accepted_by(settings)
     changed = _pending(settings, wanted["id"])
     if not changed:
