@@ -1,10 +1,12 @@
 """What an apply restarts: exactly the processes whose inputs changed, each once; and what it removes."""
 
+import base64
 import copy
 import json
+import secrets
 
 import pytest
-from deployment import MAIN, until
+from deployment import MAIN, request, until
 
 PROCESSES = "Synapse's processes are running"
 BACKGROUND = "matrix-synapse-worker-6-background"
@@ -120,6 +122,7 @@ def test_a_run_that_was_killed_before_the_restart_is_put_right_by_the_next(deplo
         pytest.param(
             f"! cmp --silent /run/unit-before /etc/systemd/system/{BACKGROUND}.service", id="when the unit is written"
         ),
+        pytest.param(f"! systemctl is-active --quiet {BACKGROUND}.service", id="while the process restarts"),
     ],
 )
 def test_a_run_that_is_killed_is_put_right_by_the_next(deployed, moment):
@@ -234,6 +237,23 @@ def test_the_signing_key_and_the_generated_secrets_stay(deployed):
     deployed.pillar["config"]["presence"] = {"enabled": False}
     deployed.apply()
     assert deployed.host.sh(read).stdout == before
+
+
+def test_a_replaced_signing_key_is_still_published_as_an_old_one(deployed):
+    def published():
+        return request(deployed.url.replace(":8008", ":8448") + "/_matrix/key/v2/server")[0]
+
+    before = published()["verify_keys"]
+    old = {key: {**value, "expired_ts": 1700000000000} for key, value in before.items()}
+    version, seed = f"t_{secrets.token_hex(4)}", base64.b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+    deployed.pillar["signing_key"] = {"current": f"ed25519 {version} {seed}", "old": old}
+    applied_exactly(deployed)
+    keys = published()
+    assert keys["old_verify_keys"] == old
+    assert set(keys["verify_keys"]) == {f"ed25519:{version}"}
+    assert set(keys["signatures"]["example.org"]) == {f"ed25519:{version}"}
+    alice = deployed.user()
+    alice.say(alice.room(), "signed by the new key")
 
 
 def test_a_secret_of_the_pillar_takes_the_place_of_the_generated_one(deployed):
