@@ -18,23 +18,11 @@ def managed(name, image):
     Changes tell which files are new or changed, never what is in them. Among them is ``accepted-by``, where another image
     is wanted than the one that accepted the configuration.
     """
-    ret = {"name": name, "result": True, "comment": "All configuration files are as they should be", "changes": {}}
-    try:
-        pending = __salt__["synapse_config.pending"]()
-        if not pending:
-            return ret
-        ret["changes"] = {
-            path: {"old": "out of date" if __salt__["file.file_exists"](path) else None, "new": "written"}
-            for path in pending
-        }
-        if __opts__["test"]:
-            ret["result"] = None
-            ret["comment"] = f"{len(pending)} configuration files would be written"
-            return ret
-        ret["comment"] = f"{len(__salt__['synapse_config.write'](image))} configuration files were written"
-    except (CommandExecutionError, SaltInvocationError) as err:
-        ret.update(result=False, comment=str(err), changes={})
-    return ret
+
+    def write():
+        return __salt__["synapse_config.write"](image)
+
+    return _written(name, "configuration files", __salt__["synapse_config.pending"], write)
 
 
 def secrets_exist(name):
@@ -44,21 +32,26 @@ def secrets_exist(name):
     name
         The directory they stand in; only shown.
     """
-    ret = {"name": name, "result": True, "comment": "All secrets are there", "changes": {}}
+    pending, write = __salt__["synapse_config.pending_secrets"], __salt__["synapse_config.write_secrets"]
+    return _written(name, "secrets", pending, write, directory=f"{name}/")
+
+
+def _written(name, what, pending, write, directory=""):
+    ret = {"name": name, "result": True, "comment": f"All {what} are as they should be", "changes": {}}
     try:
-        pending = __salt__["synapse_config.pending_secrets"]()
-        if not pending:
-            return ret
-        ret["changes"] = {
-            item: {"old": "out of date" if __salt__["file.file_exists"](f"{name}/{item}") else None, "new": "written"}
-            for item in pending
+        changes = {
+            item: {
+                "old": "out of date" if __salt__["file.file_exists"](f"{directory}{item}") else None,
+                "new": "written",
+            }
+            for item in pending()
         }
-        if __opts__["test"]:
-            ret["result"] = None
-            ret["comment"] = f"{len(pending)} secrets would be written"
+        if not changes:
             return ret
-        __salt__["synapse_config.write_secrets"]()
-        ret["comment"] = f"{len(pending)} secrets were written"
+        if __opts__["test"]:
+            ret.update(result=None, changes=changes, comment=f"{len(changes)} {what} would be written")
+            return ret
+        ret.update(comment=f"{len(write())} {what} were written", changes=changes)
     except (CommandExecutionError, SaltInvocationError) as err:
-        ret.update(result=False, comment=str(err), changes={})
+        ret.update(result=False, comment=str(err))
     return ret
