@@ -20,6 +20,7 @@ WORKER_PREFIX = "matrix-synapse-worker-"
 
 PROCESS_LABEL = "org.matrix.synapse.process"
 INPUTS_LABEL = "org.matrix.synapse.process.inputs"
+INPUTS_PLACE = "INPUTS"
 
 HELPERS = "/usr/local/lib/matrix-synapse"
 PYTHON_CACHE = "/var/cache/python"
@@ -129,11 +130,9 @@ def _unit(process, common, image, digests, settings, template):
         "helpers": HELPERS,
     }
     # The digest covers the unit as well, so it is taken before it stands in there.
-    inputs = hashlib.sha256(
-        (digests[name] + template.render(create=_quote([*arguments, *command]), **values)).encode()
-    ).hexdigest()
-    arguments.append(f"--label={INPUTS_LABEL}={inputs}")
-    return {"text": template.render(create=_quote([*arguments, *command]), **values), "inputs": inputs}
+    draft = template.render(create=_quote([*arguments, *command]), inputs=INPUTS_PLACE, **values)
+    inputs = hashlib.sha256((digests[name] + draft).encode()).hexdigest()
+    return {"text": draft.replace(INPUTS_PLACE, inputs, 1), "inputs": inputs}
 
 
 def _quote(words):

@@ -47,7 +47,8 @@ def timed(action):
 
 
 def create(name):
-    """Create a process's container by hand, as its unit does."""
+    """Create a new container of a process by hand, as its unit does."""
+    run("docker", "rm", "--force", name)
     with open(f"/etc/systemd/system/{name}.service") as file:
         unit = file.read()
     line = re.search(r"^ExecStartPre=(.*/create-container .*)$", unit, re.MULTILINE)[1]

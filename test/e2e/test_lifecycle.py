@@ -24,10 +24,10 @@ def monotonic(deployed, name, event):
     return int(deployed.systemctl("show", f"--property={event}", "--value", f"{name}.service").stdout)
 
 
-def test_stopping_main_stops_every_process_and_leaves_no_container(deployed):
+def test_stopping_main_stops_every_process(deployed):
     deployed.systemctl("stop", f"{MAIN}.service")
     assert set(deployed.states().values()) == {"inactive"}
-    assert deployed.containers() == {}
+    assert {container["State"]["Status"] for container in deployed.containers().values()} == {"exited"}
     assert (
         deployed.host.sh("ls /run/matrix-synapse/public /run/matrix-synapse/private | grep notify || true").stdout == ""
     )
@@ -145,6 +145,25 @@ def test_what_a_crash_left_behind_blocks_no_start(deployed):
     deployed.host.sh(f"{left}; docker create --name {GENERIC} matrixdotorg/synapse:v1.163.2 run")
     deployed.systemctl("start", f"{GENERIC}.service")
     assert deployed.healthy(GENERIC)
+
+
+def test_a_container_that_cannot_start_makes_room_for_a_new_one(deployed):
+    deployed.systemctl("stop", f"{GENERIC}.service")
+    label = "org.matrix.synapse.process.inputs"
+    inputs = deployed.containers()[GENERIC]["Config"]["Labels"][label]
+    create = f"docker create --name {GENERIC} --label {label}={inputs} matrixdotorg/synapse:v1.163.2 run -m nonsense"
+    deployed.host.sh(f"docker rm {GENERIC}; {create}")
+    deployed.systemctl("start", f"{GENERIC}.service", check=False)
+    until(lambda: deployed.healthy(GENERIC), "it is back by itself", 60)
+
+
+def test_a_container_that_was_stopped_in_order_is_used_again(deployed):
+    before = deployed.containers()[GENERIC]["Id"]
+    deployed.systemctl("restart", f"{GENERIC}.service")
+    assert deployed.containers()[GENERIC]["Id"] == before
+    deployed.host.run("docker", "kill", GENERIC)
+    until(lambda: deployed.containers().get(GENERIC, {}).get("Id", before) != before, "a crashed one is replaced")
+    until(lambda: deployed.healthy(GENERIC), "and healthy", 60)
 
 
 def test_nginx_answers_at_once_after_a_process_was_restarted(deployed):

@@ -70,9 +70,13 @@ def split(line):
 
 
 def create(text):
-    """The words of `docker create` in a unit, without the program and the container's name."""
+    """The words of `docker create` in a unit, after the program, the container's name and its inputs' digest."""
+    return create_container(text)[3:]
+
+
+def create_container(text):
     (line,) = (line for line in directives(text)["ExecStartPre"] if "create-container" in line)
-    return split(line)[2:]
+    return split(line)
 
 
 # Command lines
@@ -225,9 +229,8 @@ def test_while_the_image_is_not_there_its_reference_stands_for_it(minion, proces
 
 def test_a_container_bears_the_digest_of_what_it_was_made_from(minion, process):
     for name, unit in units(minion).items():
-        words = create(unit["text"])
-        assert f"--label=org.matrix.synapse.process.inputs={unit['inputs']}" in words
-        assert f"--label=org.matrix.synapse.process={name}" in words
+        assert create_container(unit["text"])[1:3] == [name, unit["inputs"]]
+        assert f"--label=org.matrix.synapse.process={name}" in create(unit["text"])
 
 
 CHANGES = {

@@ -1,11 +1,15 @@
 #!/bin/sh
-# Creates a container that is not there yet: create-container NAME [ARGUMENTS OF DOCKER CREATE]
-# One of that name that a crash left behind makes room. That is rare, so it is found out by being in the way.
+# Has a stopped container ready: create-container NAME INPUTS [ARGUMENTS OF DOCKER CREATE]
+# One that was made from the same inputs and was stopped properly is as good as a new one, and twice as soon there.
+# Any other, such as one that still runs without its unit, makes room.
 set -eu
-name=$1
-shift
+name=$1 inputs=$2
+shift 2
 
-create() {
-    docker create --name "$name" "$@" >/dev/null
-}
-create "$@" || { docker rm --force "$name" && create "$@"; }
+found=$(docker container inspect \
+    --format '{{.State.Status}} {{index .Config.Labels "org.matrix.synapse.process.inputs"}}' "$name" 2>/dev/null) || found=
+case $found in
+"exited $inputs" | "created $inputs") exit ;;
+?*) docker rm --force --volumes "$name" >/dev/null ;;
+esac
+docker create --name "$name" --label "org.matrix.synapse.process.inputs=$inputs" "$@" >/dev/null
