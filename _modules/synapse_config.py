@@ -247,7 +247,8 @@ def superfluous():
     # What a run is about to write makes use of its own leftover.
     used = {f"{path}.new" for path in pending()}
     left = [path for path in _leftovers(settings) if path not in used]
-    return sorted([*(str(path) for path in there if str(path) not in files()), *left])
+    wanted = files()
+    return sorted([*(str(path) for path in there if str(path) not in wanted), *left])
 
 
 def _leftovers(settings):

@@ -98,8 +98,7 @@ def test_a_shared_change_restarts_every_process_once(deployed):
     done = applied_exactly(deployed)
     assert restarted(deployed, before) == set(before)
     assert set(done[PROCESSES]) == set(before)
-    counts = deployed.host.salt("synapse_process.states", deployed.names())
-    assert {state["NRestarts"] for state in counts.values()} == {"0"}
+    assert {process["restarts"] for process in deployed.host.salt("synapse_process.status")} == {0}
 
 
 def test_a_run_that_was_killed_before_the_restart_is_put_right_by_the_next(deployed):

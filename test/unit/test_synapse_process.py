@@ -3,6 +3,7 @@ Units: what stands in them, when a process counts as changed, and what a run wou
 """
 
 import http.server
+import json
 import os
 import re
 import socketserver
@@ -277,6 +278,10 @@ def test_another_image_changes_all(minion, process):
 # What a run would do
 
 
+def enabling_link(process, name):
+    return process.UNITS / ("multi-user.target.wants" if name == MAIN else f"{MAIN}.service.wants") / f"{name}.service"
+
+
 @pytest.fixture
 def host(minion, process):
     """What systemd and Docker say of the three processes: everything as it should be, unless the test changes it."""
@@ -284,18 +289,21 @@ def host(minion, process):
     process.UNITS.mkdir()
     for name, unit in wanted.items():
         (process.UNITS / f"{name}.service").write_text(unit["text"])
-    states = {name: {"ActiveState": "active", "UnitFileState": "enabled"} for name in wanted}
+    states = dict.fromkeys(wanted, "active")
+    for name in wanted:
+        enabling_link(process, name).parent.mkdir(exist_ok=True)
+        enabling_link(process, name).symlink_to(f"../{name}.service")
     inputs = {name: unit["inputs"] for name, unit in wanted.items()}
 
     def run_all(command, **kwargs):
         if command[0] == "docker":
             lines = [f"{name}\t{digest}\trunning" for name, digest in inputs.items()]
+        elif command[1] == "show":
+            lines = [f"Id={name}\nNeedDaemonReload=no\n" for name in command if name.endswith(".service")]
         else:
-            assert command[:2] == ["systemctl", "show"]
-            asked = [word for word in command if word.endswith(".service")]
-            lines = [
-                "\n".join(f"{k}={v}" for k, v in {"Id": unit, **states[unit[:-8]]}.items()) + "\n" for unit in asked
-            ]
+            assert command[:2] == ["systemctl", "list-units"]
+            loaded = [{"unit": f"{name}.service", "active": state, "sub": "any"} for name, state in states.items()]
+            lines = [json.dumps(loaded)]
         return {"retcode": 0, "stdout": "\n".join(lines), "stderr": ""}
 
     minion.salt["cmd.run_all"] = run_all
@@ -313,7 +321,8 @@ def test_nothing_is_to_be_done_where_all_is_as_it_should_be(process, host):
 def test_everything_is_to_be_done_on_a_new_host(process, host):
     for name in NAMES:
         (process.UNITS / f"{name}.service").unlink()
-        host.states[name] = {"ActiveState": "inactive", "UnitFileState": ""}
+        enabling_link(process, name).unlink()
+    host.states.clear()
     host.inputs.clear()
     assert process.pending() == {**NOTHING, "write": NAMES, "enable": NAMES, "start": NAMES}
 
@@ -324,7 +333,7 @@ def test_a_unit_that_was_changed_is_written_even_if_its_process_is_right(process
 
 
 def test_a_disabled_unit_is_enabled_and_not_restarted(process, host):
-    host.states[FIRST]["UnitFileState"] = "disabled"
+    enabling_link(process, FIRST).unlink()
     assert process.pending() == {**NOTHING, "enable": [FIRST]}
 
 
@@ -336,21 +345,21 @@ def test_what_runs_from_other_inputs_is_restarted_though_its_unit_is_right(proce
 
 @pytest.mark.parametrize("state", ["inactive", "failed", "activating", "deactivating"])
 def test_what_does_not_run_is_started(process, host, state):
-    host.states[SECOND]["ActiveState"] = state
+    host.states[SECOND] = state
     assert process.pending() == {**NOTHING, "start": [SECOND]}
 
 
 def test_what_should_not_run_is_stopped_and_neither_started_nor_restarted(minion, process, host):
-    host.states[FIRST]["ActiveState"] = "failed"
+    host.states[FIRST] = "failed"
     host.inputs[SECOND] = "others"
     minion.pillar["synapse"]["process"] = {"running": False}
     assert process.pending() == {**NOTHING, "disable": NAMES, "stop": [MAIN, SECOND]}
 
 
 def test_what_should_not_run_is_not_enabled_so_that_no_boot_starts_it(minion, process, host):
-    for name in NAMES:
-        host.states[name] = {"ActiveState": "inactive", "UnitFileState": "disabled"}
-    host.states[FIRST]["UnitFileState"] = "enabled"
+    host.states.clear()
+    for name in (MAIN, SECOND):
+        enabling_link(process, name).unlink()
     minion.pillar["synapse"]["process"] = {"running": False}
     assert process.pending() == {**NOTHING, "disable": [FIRST]}
 
@@ -360,13 +369,11 @@ def test_all_that_should_not_run_is_stopped_and_disabled_in_one_call_each(minion
     asked = []
 
     def run_all(command, **kwargs):
-        if command[:2] == ["systemctl", "show"]:
+        if command[1] in ("show", "list-units"):
             return host(command)
         asked.append(command)
         return {"retcode": 0, "stdout": "", "stderr": ""}
 
-    for state in host.states.values():
-        state["NeedDaemonReload"] = "no"
     minion.salt["cmd.run_all"] = run_all
     process.apply({**NOTHING, "disable": NAMES, "stop": stop})
     assert asked == [
@@ -387,7 +394,6 @@ def test_the_state_tells_of_units_that_are_disabled(minion, process, host, formu
 
 def test_a_worker_that_came_new_is_all_that_is_to_be_done(minion, process, host):
     minion.keep_roster(minion.synapse_workers.plan()["roster"])
-    host.states["matrix-synapse-worker-2-generic"] = {"ActiveState": "inactive", "UnitFileState": ""}
     minion.run(minion.good_pillar({"workers:list": [GENERIC, PUSHER, GENERIC]}))
     new = ["matrix-synapse-worker-2-generic"]
     assert process.pending() == {**NOTHING, "write": new, "enable": new, "start": new}
@@ -395,7 +401,7 @@ def test_a_worker_that_came_new_is_all_that_is_to_be_done(minion, process, host)
 
 def test_a_command_that_fails_is_told_with_what_it_said(minion, process):
     minion.salt["cmd.run_all"] = lambda command, **kwargs: {"retcode": 1, "stdout": "", "stderr": "no bus"}
-    with pytest.raises(CommandExecutionError, match=r"systemctl show .*: no bus"):
+    with pytest.raises(CommandExecutionError, match=r"systemctl list-units .*: no bus"):
         process.states([MAIN])
     assert process.containers() == {}
     assert process.states([]) == {}
