@@ -94,7 +94,8 @@ def _mount(path, *options):
 
 def _unit(process, common, image, digests, settings, template):
     name = process["name"]
-    notify_socket = f"{settings['directories']['run']}/private/{name}.notify"
+    private = f"{settings['directories']['run']}/private/{name}"
+    notify_socket = f"{private}.notify"
     arguments = [
         f"--hostname={name[:63]}",
         f"--label={PROCESS_LABEL}={name}",
@@ -111,6 +112,7 @@ def _unit(process, common, image, digests, settings, template):
     values = {
         "process": process,
         "notify_socket": notify_socket,
+        "stopped": f"{private}.stopped",
         "sockets": [path for path in (process["private_socket"], process["public_socket"]) if path],
         "stop_grace": settings["process"]["stop_grace"],
         "start_timeout": settings["process"]["start_timeout"],

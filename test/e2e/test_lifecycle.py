@@ -1,5 +1,7 @@
 """What systemd makes of the units: who takes whom along, and who comes back."""
 
+import time
+
 import pytest
 from deployment import MAIN, Refused, until
 
@@ -161,9 +163,17 @@ def test_a_container_that_was_stopped_in_order_is_used_again(deployed):
     before = deployed.containers()[GENERIC]["Id"]
     deployed.systemctl("restart", f"{GENERIC}.service")
     assert deployed.containers()[GENERIC]["Id"] == before
-    deployed.host.run("docker", "kill", GENERIC)
-    until(lambda: deployed.containers().get(GENERIC, {}).get("Id", before) != before, "a crashed one is replaced")
-    until(lambda: deployed.healthy(GENERIC), "and healthy", 60)
+
+
+def test_a_start_that_is_called_off_leaves_nothing_that_runs(deployed):
+    unit = f"{GENERIC}.service"
+    deployed.systemctl("stop", unit)
+    for moment in (0.1, 0.3, 0.6):
+        deployed.systemctl("start", "--no-block", unit)
+        time.sleep(moment)
+        deployed.systemctl("stop", unit)
+        left = deployed.containers().get(GENERIC)
+        assert not left or not left["State"]["Running"], f"called off after {moment} s"
 
 
 def test_nginx_answers_at_once_after_a_process_was_restarted(deployed):
