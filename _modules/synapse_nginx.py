@@ -41,6 +41,7 @@ def context():
             "trusted_proxies": settings["nginx"]["trusted_proxies"],
             "well_known": well_known(settings),
             "status_socket": f"{settings['directories']['run']}/nginx/status.sock",
+            "maintenance_switch": __salt__["synapse_maintenance.switch_file"](),
             "log_directory": "/var/log/nginx",
         },
     }

@@ -5,14 +5,18 @@ systemd alone starts and stops them. A container bears the digest of everything 
 runs can be told from what should run at any time, also after a run that was cut off.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
+import os
 import pathlib
+import signal
 import socket
+import time
 
 import jinja2
-from salt.exceptions import CommandExecutionError
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 UNITS = pathlib.Path("/etc/systemd/system")
 MAIN = "matrix-synapse"
@@ -43,7 +47,7 @@ def units():
     settings = __salt__["synapse_pillar.settings"]()
     image = __salt__["synapse_image.wanted"](settings["image"])
     digests = __salt__["synapse_config.digests"]()
-    common = _common_arguments(settings, image)
+    common = common_arguments()
     appservices = __salt__["synapse_appservice.registrations"]()
     common += [argument for appservice in appservices for argument in appservice["arguments"]]
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
@@ -55,8 +59,18 @@ def units():
     }
 
 
-def _common_arguments(settings, image):
-    """What `docker create` is told of every process."""
+def common_arguments():
+    """
+    Return the arguments that `docker create` is given for whatever runs Synapse's image: identity, confinement, mounts.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.common_arguments
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    image = __salt__["synapse_image.wanted"](settings["image"])
     directories = settings["directories"]
     uid, gid = __salt__["synapse_config.identity"]()
     arguments = [
@@ -116,6 +130,7 @@ def _unit(process, common, image, digests, settings, template):
         "sockets": [path for path in (process["private_socket"], process["public_socket"]) if path],
         "stop_grace": settings["process"]["stop_grace"],
         "start_timeout": settings["process"]["start_timeout"],
+        "lock": __salt__["synapse_maintenance.lock_file"](),
         "after": "postgresql.service redis-server@synapse.service",
         "helpers": HELPERS,
     }
@@ -222,7 +237,7 @@ def _patterns():
 
 def pending():
     """
-    Return what a run would do so that the processes are as the pillar says: a dict with
+    Return what a run would do so that the processes are as the pillar says, unless Synapse is under maintenance: a dict with
 
     ``write``
         names whose unit file differs,
@@ -249,6 +264,9 @@ def pending():
 
         salt-call synapse_process.pending
     """
+    held = __salt__["synapse_maintenance.fault"]()
+    if held:
+        raise CommandExecutionError(held)
     wanted = units()
     running = __salt__["synapse_pillar.settings"]()["process"]["running"]
     known, there = states(list(wanted)), containers()
@@ -373,10 +391,145 @@ def prune(keep):
     return gone
 
 
+def census():
+    """
+    Return what really runs of Synapse on this machine, whether the formula started it or not: a dict with
+
+    ``maintenance``
+        Who holds the lock, see ``synapse_maintenance.holder``; None if nobody does.
+
+    ``processes``
+        A list of dicts, one for each process of the plan and for each that left a trace here: ``name``, ``type`` (None if
+        it is not of the plan), ``unit`` (systemd's word), ``container`` (Docker's word), ``healthy``, ``current`` (whether
+        it runs what the pillar says), ``sessions`` (how many of the database's), ``restarts``, ``memory`` (bytes) and
+        ``since``.
+
+    ``strays``
+        A list of dicts, one for each container or process that runs Synapse, or holds its files, without a unit that is
+        active: ``kind`` (``container``, ``process``), ``id`` (the container's, or a PID) and ``about``.
+
+    ``sessions``
+        Every session of Synapse's role in the database: see ``synapse_postgres.sessions``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.census
+    """
+    wanted, there = units(), containers()
+    planned = {process["name"]: process for process in __salt__["synapse_workers.plan"]()["processes"]}
+    names = [*planned, *(name for name in present() if name not in planned)]
+    known = _properties(names, "ActiveState", "NRestarts", "ActiveEnterTimestamp")
+    memory = _memory([name for name in there if there[name]["state"] == "running"])
+    sessions = __salt__["synapse_postgres.sessions"]()
+    processes = [
+        {
+            "name": name,
+            "type": _type(planned.get(name)),
+            "unit": known[name]["ActiveState"],
+            "container": there.get(name, {}).get("state"),
+            "healthy": healthy(_private_socket(name)),
+            "current": name in planned and there.get(name, {}).get("inputs") == wanted[name]["inputs"],
+            "sessions": sum(session["process"] == name for session in sessions),
+            "restarts": int(known[name].get("NRestarts") or 0),
+            "memory": memory.get(name),
+            "since": known[name]["ActiveEnterTimestamp"],
+        }
+        for name in names
+    ]
+    return {
+        "maintenance": __salt__["synapse_maintenance.holder"](),
+        "processes": processes,
+        "strays": _strays([process["name"] for process in processes if process["unit"] not in ("inactive", "failed")]),
+        "sessions": sessions,
+    }
+
+
+def _type(process):
+    return process and (f"{process['type']} ({process['stream']})" if process["stream"] else process["type"])
+
+
+def _private_socket(name):
+    return f"{__salt__['synapse_pillar.settings']()['directories']['run']}/private/{name}.sock"
+
+
+def _strays(active):
+    """What runs Synapse or holds its files, but belongs to no unit that is active: see :func:`census`."""
+    running = _running_containers()
+    owned = {id_ for id_, container in running.items() if container["process"] in active}
+    found = {
+        id_: {"kind": "container", "id": container["name"], "about": container["about"]}
+        for id_, container in running.items()
+        if container["ours"] and id_ not in owned
+    }
+    for pid, arguments, group in _synapse_processes():
+        # Docker names the control group of a container by its id, whichever cgroup driver it uses.
+        within = next((id_ for id_ in running if id_ in group), None)
+        if within in owned:
+            continue
+        if within:
+            container = running[within]
+            found[within] = {"kind": "container", "id": container["name"], "about": container["about"]}
+        else:
+            found[pid] = {"kind": "process", "id": pid, "about": " ".join(arguments)}
+    return list(found.values())
+
+
+def _running_containers():
+    """Every container that runs, whoever made it, by id; ``ours`` has our label, or mounts of our directories."""
+    ids = __salt__["cmd.run_all"](
+        ["docker", "container", "ls", "--quiet", "--no-trunc"],
+        python_shell=False,
+        ignore_retcode=True,
+        output_loglevel="debug",
+    )
+    if ids["retcode"] != 0 or not ids["stdout"]:
+        return {}
+    directories = __salt__["synapse_pillar.settings"]()["directories"]
+    ours = [directories[name] for name in ("config", "data", "run")]
+    # One that ends between the two commands is no error, and no container that runs.
+    shown = __salt__["cmd.run_all"](
+        ["docker", "container", "inspect", *ids["stdout"].split()],
+        python_shell=False,
+        ignore_retcode=True,
+        output_loglevel="quiet",
+    )
+    return {
+        container["Id"]: {
+            "name": container["Name"].removeprefix("/"),
+            "process": (container["Config"]["Labels"] or {}).get(PROCESS_LABEL),
+            "about": f"{container['Config']['Image']} {' '.join(container['Args'])}"[:200],
+            "ours": PROCESS_LABEL in (container["Config"]["Labels"] or {})
+            or any(_is_below(mount.get("Source") or "", ours) for mount in container["Mounts"]),
+        }
+        for container in json.loads(shown["stdout"] or "[]")
+    }
+
+
+def _is_below(path, directories):
+    return any(path == directory or path.startswith(f"{directory}/") for directory in directories)
+
+
+def _synapse_processes():
+    """Yield PID, arguments and control groups of every process of this machine that runs one of Synapse's programs."""
+    for entry in pathlib.Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            group = (entry / "cgroup").read_text(encoding="utf-8")
+        except OSError:
+            # It has ended.
+            continue
+        # `docker create ... -m synapse.app.X` is no Synapse.
+        if "python" in arguments[0] and any(word.startswith("synapse.app.") for word in arguments):
+            yield int(entry.name), arguments, group
+
+
 def status():
     """
-    Return what every process of the plan is at: a list of dicts with ``name``, ``type``, ``unit`` (systemd's word),
-    ``healthy``, ``current`` (whether it runs what the pillar says), ``restarts``, ``memory`` (bytes) and ``since``.
+    Return :func:`census` as text for people: a table of the processes, and what stands out below it.
 
     CLI Example:
 
@@ -384,21 +537,218 @@ def status():
 
         salt-call synapse_process.status
     """
-    wanted, there = units(), containers()
-    known, memory = _properties(wanted, "ActiveState", "NRestarts", "ActiveEnterTimestamp"), _memory(list(there))
-    return [
-        {
-            "name": process["name"],
-            "type": process["type"] if not process["stream"] else f"{process['type']} ({process['stream']})",
-            "unit": known[process["name"]]["ActiveState"],
-            "healthy": healthy(process["private_socket"]),
-            "current": there.get(process["name"], {}).get("inputs") == wanted[process["name"]]["inputs"],
-            "restarts": int(known[process["name"]].get("NRestarts") or 0),
-            "memory": memory.get(process["name"]),
-            "since": known[process["name"]]["ActiveEnterTimestamp"],
-        }
-        for process in __salt__["synapse_workers.plan"]()["processes"]
+    counted = census()
+    rows = [("name", "unit", "healthy", "as planned", "db sessions", "restarts", "memory", "since")]
+    rows += [
+        (
+            process["name"],
+            process["unit"],
+            _yes(process["healthy"]),
+            _yes(process["current"]) if process["type"] else "not of the plan",
+            str(process["sessions"]),
+            str(process["restarts"]),
+            f"{process['memory'] / (1 << 20):.0f} MiB" if process["memory"] is not None else "-",
+            process["since"] or "-",
+        )
+        for process in counted["processes"]
     ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"A stray: {_stray(stray)}" for stray in counted["strays"]]
+    lines += [f"A stray: {_session(session)}" for session in _foreign(counted)]
+    if counted["maintenance"]:
+        lines.append(__salt__["synapse_maintenance.fault"]())
+    return "\n".join(lines)
+
+
+def _yes(value):
+    return "yes" if value else "no"
+
+
+def _stray(stray):
+    return f"the {stray['kind']} {stray['id']} ({stray['about']})"
+
+
+def _session(session):
+    return f"the database session {session['pid']} of {session['process'] or 'a nameless program'} from {session['client']}"
+
+
+def _foreign(counted):
+    """The database sessions that belong to no process of the census."""
+    names = [process["name"] for process in counted["processes"] if process["unit"] not in ("inactive", "failed")]
+    return [session for session in counted["sessions"] if session["process"] not in names]
+
+
+def left(counted):
+    """
+    Return a list of all that a census found running, a phrase each; an empty list proves that Synapse is stopped.
+
+    counted
+        What :func:`census` returned.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.left '{processes: [], strays: [], sessions: []}'
+    """
+    found = [
+        f"the unit {process['name']} ({process['unit']})"
+        for process in counted["processes"]
+        if process["unit"] not in ("inactive", "failed") or process["container"] in ("running", "paused", "restarting")
+    ]
+    # The session of a unit that runs goes with it.
+    return found + [_stray(stray) for stray in counted["strays"]] + [_session(session) for session in _foreign(counted)]
+
+
+def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False, grace=None):
+    """
+    Stop Synapse and prove it: nginx answers 503, a lock keeps all units from starting, and a census finds nothing more.
+
+    Strays are stopped as well. What does not end by SIGTERM within the grace time is named, and killed only if that is
+    allowed; if it is not, all that ran before is started again.
+
+    holder
+        In whose name the lock is taken. Who holds it already may stop again.
+
+    reason
+        What for; whoever meets the lock reads it.
+
+    kill
+        Whether what does not end by itself may be killed, database sessions of others included.
+
+    grace
+        Seconds that processes have to end. Defaults to ``synapse:process:stop_grace``.
+
+    Returns a dict with ``stopped`` (names and strays that ran) and ``killed`` (what had to be).
+
+    Raises CommandExecutionError if somebody else holds the lock, or if the census still finds something in the end;
+    SaltInvocationError for an argument that is none.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.stop reason="new disks"
+    """
+    if grace is None:
+        grace = __salt__["synapse_pillar.settings"]()["process"]["stop_grace"]
+    for argument, value, is_right, right in (
+        ("holder", holder, isinstance(holder, str) and holder.strip(), "a name"),
+        ("kill", kill, isinstance(kill, bool), "true or false"),
+        ("grace", grace, isinstance(grace, int | float) and grace > 0, "a number of seconds"),
+    ):
+        if not is_right:
+            raise SaltInvocationError(f"{argument}: {value!r} is not {right}")
+    taken = __salt__["synapse_maintenance.lock"](holder, reason)
+    before = census()
+    ran = left(before)
+    try:
+        __salt__["synapse_maintenance.close"]()
+        remaining = _terminate(grace)
+        killed = []
+        if remaining and kill:
+            killed = remaining
+            _kill(census())
+            remaining = _wait_until_nothing_is_left(10)
+        if remaining:
+            raise CommandExecutionError(
+                f"Synapse did not stop within {grace} s; still there: {'; '.join(remaining)}. With kill=True they are killed"
+            )
+    except Exception:
+        if taken:
+            _start_again(holder, before)
+        raise
+    return {"stopped": ran, "killed": killed}
+
+
+def _terminate(grace):
+    """Have everything end by SIGTERM; return what is left after the grace time."""
+    # The units' own `docker stop` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
+    # automatic restart meets the lock.
+    running = [name for name, container in containers().items() if container["state"] == "running"]
+    if running:
+        _docker("kill", "--signal=TERM", *running)
+    for stray in census()["strays"]:
+        if stray["kind"] == "container":
+            _docker("kill", "--signal=TERM", stray["id"])
+        else:
+            _signal(stray["id"], signal.SIGTERM)
+    remaining = _wait_until_nothing_is_left(grace)
+    if not [name for name, container in containers().items() if container["state"] == "running"]:
+        _systemctl_result("stop", *_services(present()))
+        remaining = _wait_until_nothing_is_left(10)
+    return remaining
+
+
+def _wait_until_nothing_is_left(seconds):
+    deadline = time.monotonic() + seconds
+    while (remaining := left(census())) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return remaining
+
+
+def _kill(counted):
+    names = [name for name, container in containers().items() if container["state"] == "running"]
+    names += [stray["id"] for stray in counted["strays"] if stray["kind"] == "container"]
+    if names:
+        _docker("kill", "--signal=KILL", *dict.fromkeys(names))
+    for stray in counted["strays"]:
+        if stray["kind"] == "process":
+            _signal(stray["id"], signal.SIGKILL)
+    _systemctl_result("stop", *_services(present()))
+    __salt__["synapse_postgres.terminate_sessions"]()
+
+
+def _signal(pid, number):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _docker(*words):
+    # What ended meanwhile is no error: the census tells.
+    __salt__["cmd.run_all"](["docker", *words], python_shell=False, ignore_retcode=True, output_loglevel="debug")
+
+
+def _start_again(holder, before):
+    """After a stop that failed: everything that ran, runs."""
+    __salt__["synapse_maintenance.unlock"](holder)
+    ran = [process["name"] for process in before["processes"] if process["unit"] in ("active", "activating")]
+    if ran:
+        _systemctl_result("start", *_services(ran))
+    __salt__["synapse_maintenance.open"]()
+
+
+def start(holder="synapse_process.stop"):
+    """
+    Undo :func:`stop`: the lock goes, every process of the plan starts, the main process first, and once all are healthy,
+    nginx passes requests on again.
+
+    holder
+        In whose name the lock was taken.
+
+    Returns the names of the processes, all healthy.
+
+    Raises CommandExecutionError if somebody else holds the lock; or if a process does not become healthy, with the end of
+    its journal: nginx answers 503 still, and the next call goes on.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.start
+    """
+    wanted = list(units())
+    __salt__["synapse_maintenance.unlock"](holder)
+    if _systemctl_result("start", *_services(wanted))["retcode"] != 0:
+        known = states(wanted)
+        failed = [name for name in wanted if known[name]["ActiveState"] != "active"]
+        raise CommandExecutionError("\n".join(_obituary(name) for name in failed))
+    sick = [name for name in wanted if not healthy(_private_socket(name))]
+    if sick:
+        raise CommandExecutionError(f"Started, but not healthy: {', '.join(sick)}")
+    __salt__["synapse_maintenance.open"]()
+    return wanted
 
 
 def _memory(names):

@@ -48,6 +48,68 @@ def _changes(todo):
     return changes
 
 
+def stopped(name, reason="state.apply", kill=False, grace=None):
+    """
+    Synapse is proven to be stopped, and stays so: see ``synapse_process.stop``.
+
+    name
+        In whose name the lock is taken; only that name ends it.
+
+    reason
+        What for; whoever meets the lock reads it.
+
+    kill
+        Whether what does not end by itself may be killed.
+
+    grace
+        Seconds that processes have to end. Defaults to ``synapse:process:stop_grace``.
+    """
+    ret = {"name": name, "result": True, "comment": "Synapse is stopped and locked", "changes": {}}
+    try:
+        left = __salt__["synapse_process.left"](__salt__["synapse_process.census"]())
+        held = __salt__["synapse_maintenance.holder"]()
+        if held and held["holder"] != name:
+            raise CommandExecutionError(__salt__["synapse_maintenance.fault"]())
+        if held and not left and __salt__["synapse_maintenance.closed"]():
+            return ret
+        if __opts__["test"]:
+            ret.update(result=None, comment="Synapse would be stopped and locked")
+            ret["changes"] = {item: {"old": "running", "new": "stopped"} for item in left}
+        else:
+            done = __salt__["synapse_process.stop"](name, reason, kill, grace)
+            ret["changes"] = {item: {"old": "running", "new": "stopped"} for item in done["stopped"]}
+        if not held:
+            ret["changes"]["lock"] = {"old": None, "new": name}
+    except (CommandExecutionError, SaltInvocationError) as err:
+        ret.update(result=False, comment=str(err), changes={})
+    return ret
+
+
+def started(name):
+    """
+    The maintenance is over: see ``synapse_process.start``.
+
+    name
+        In whose name the lock was taken.
+    """
+    ret = {"name": name, "result": True, "comment": "Synapse is not under maintenance", "changes": {}}
+    try:
+        held = __salt__["synapse_maintenance.holder"]()
+        if not held and not __salt__["synapse_maintenance.closed"]():
+            return ret
+        if held and held["holder"] != name:
+            raise CommandExecutionError(__salt__["synapse_maintenance.fault"]())
+        ret["changes"] = {"lock": {"old": held and held["holder"], "new": None}}
+        if __opts__["test"]:
+            ret.update(result=None, comment="Synapse would be started")
+            return ret
+        names = __salt__["synapse_process.start"](name)
+        ret["comment"] = f"{len(names)} processes are healthy"
+    except (CommandExecutionError, SaltInvocationError) as err:
+        ret.update(result=False, comment=str(err), changes={})
+    return ret
+
+
 def pruned(name, keep=None):
     """
     No process but those of the plan has left a unit, a container, a configuration file or a socket.

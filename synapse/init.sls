@@ -10,6 +10,10 @@ The formula's modules are on the minion:
 The pillar is right:
   synapse_pillar.right:
     - faults: {{ faults | json }}
+{%- elif salt["synapse_maintenance.fault"]() %}
+Synapse is not under maintenance:
+  test.fail_without_changes:
+    - comment: {{ salt["synapse_maintenance.fault"]() | json }}
 {%- else %}
 include:
   - synapse.docker

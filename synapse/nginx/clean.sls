@@ -1,6 +1,6 @@
 {#- Undoes synapse.nginx, except the package. -#}
 
-{%- for path in ("/etc/nginx/conf.d/matrix-synapse.conf", "/etc/systemd/system/nginx.service.d/matrix-synapse.conf") %}
+{%- for path in ("/etc/nginx/conf.d/matrix-synapse.conf", "/etc/systemd/system/nginx.service.d/matrix-synapse.conf", salt["synapse_maintenance.switch_file"]()) %}
 
 {{ path }} is gone:
   file.absent:

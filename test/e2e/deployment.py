@@ -87,7 +87,7 @@ class Deployment:
         return dict(zip(names, words.split(), strict=True))
 
     def status(self):
-        return self.host.salt("synapse_process.status")
+        return self.host.salt("synapse_process.census")["processes"]
 
     def systemctl(self, *words, **kwargs):
         return self.host.run("systemctl", *words, **kwargs)

@@ -98,7 +98,7 @@ def test_a_shared_change_restarts_every_process_once(deployed):
     done = applied_exactly(deployed)
     assert restarted(deployed, before) == set(before)
     assert set(done[PROCESSES]) == set(before)
-    assert {process["restarts"] for process in deployed.host.salt("synapse_process.status")} == {0}
+    assert {process["restarts"] for process in deployed.status()} == {0}
 
 
 def test_a_run_that_was_killed_before_the_restart_is_put_right_by_the_next(deployed):
@@ -114,6 +114,7 @@ def test_a_run_that_was_killed_before_the_restart_is_put_right_by_the_next(deplo
 @pytest.mark.parametrize(
     "moment",
     [
+        pytest.param("compgen -G '/etc/matrix-synapse/.candidate-*'", id="while Synapse checks the configuration"),
         pytest.param(
             f"grep --quiet 'enable_metrics: false' /etc/matrix-synapse/workers/{BACKGROUND}.yaml",
             id="when the configuration is written",

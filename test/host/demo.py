@@ -63,7 +63,7 @@ def up(name):
     report(apply(host))
     chat(host, url)
     progress("asking the processes how they are")
-    show(host.salt("synapse_process.status"))
+    show(host.salt("synapse_process.census")["processes"])
     print(GUIDE.format(url=url, host=f".venv/bin/python test/host/host.py --name {name}"))
 
 
