@@ -41,6 +41,7 @@ def context():
             "trusted_proxies": settings["nginx"]["trusted_proxies"],
             "well_known": well_known(settings),
             "status_socket": f"{settings['directories']['run']}/nginx/status.sock",
+            "back_door": back_door(),
             "maintenance_switch": __salt__["synapse_maintenance.switch_file"](),
             "log_directory": "/var/log/nginx",
         },
@@ -48,6 +49,19 @@ def context():
     templates = [__salt__["cp.hash_file"](url)["hsum"] for url in TEMPLATES]
     known["digest"] = hashlib.sha256(json.dumps([known, templates], sort_keys=True).encode()).hexdigest()
     return known
+
+
+def back_door():
+    """
+    Return the path of the socket by which root, and nobody else, reaches Synapse through nginx while users get 503.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_nginx.back_door
+    """
+    return f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/nginx.sock"
 
 
 def well_known(settings):

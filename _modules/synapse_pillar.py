@@ -20,6 +20,7 @@ DATA_FILES = {
     "workers": "salt://synapse/data/workers.yaml",
     "routes": "salt://synapse/data/routes.yaml",
     "modules": "salt://synapse/data/modules.yaml",
+    "sequences": "salt://synapse/data/sequences.yaml",
 }
 
 # What Salt 3008 shows instead of a pillar's secrets outside of rendering: never a value that somebody chose.
@@ -96,7 +97,8 @@ def faults():
 
 def knowledge():
     """
-    Return the formula's data files as a dict: ``defaults``, ``schema``, ``workers``, ``routes`` and ``modules``.
+    Return the formula's data files as a dict: ``defaults``, ``schema``, ``workers``, ``routes``, ``modules`` and
+    ``sequences``.
 
     They are read once a run.
 

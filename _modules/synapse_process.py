@@ -719,13 +719,16 @@ def _start_again(holder, before):
     __salt__["synapse_maintenance.open"]()
 
 
-def start(holder="synapse_process.stop"):
+def start(holder="synapse_process.stop", opened=True):
     """
     Undo :func:`stop`: the lock goes, every process of the plan starts, the main process first, and once all are healthy,
     nginx passes requests on again.
 
     holder
         In whose name the lock was taken.
+
+    opened
+        Whether nginx passes requests on in the end.
 
     Returns the names of the processes, all healthy.
 
@@ -747,7 +750,8 @@ def start(holder="synapse_process.stop"):
     sick = [name for name in wanted if not healthy(_private_socket(name))]
     if sick:
         raise CommandExecutionError(f"Started, but not healthy: {', '.join(sick)}")
-    __salt__["synapse_maintenance.open"]()
+    if opened:
+        __salt__["synapse_maintenance.open"]()
     return wanted
 
 

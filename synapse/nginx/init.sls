@@ -27,7 +27,7 @@ nginx starts after Docker:
         After=docker.service
         [Service]
         # A socket that a crash left behind would keep nginx from starting.
-        ExecStartPre=-/usr/bin/rm --force {{ context.nginx.status_socket }}
+        ExecStartPre=-/usr/bin/rm --force {{ context.nginx.status_socket }} {{ context.nginx.back_door }}
     - mode: "0644"
     - makedirs: true
 

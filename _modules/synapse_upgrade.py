@@ -1,0 +1,720 @@
+"""
+A major upgrade of Synapse's PostgreSQL, and the way back: the journal, the phases, and what undoes each.
+
+The phases of one run need each other, so all of them are one call on the minion, and each is in the journal, with its time,
+before it does anything. Whoever calls next, after a crash, reads there how far the last one came. Until users are served by
+the new cluster, the way is back; from then on, it is forward.
+
+``synapse_postgres`` is the face of it.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+HOLDER = "synapse_postgres.upgrade"
+EVENT = "synapse/postgres/upgrade"
+
+# What Synapse itself checks when it starts, before anybody notices a sequence that lags behind.
+POSITIONS = "select stream_name as name, max(stream_id) as position from stream_positions group by stream_name"
+SEQUENCES = "select sequencename as name, coalesce(last_value, 0) as value from pg_sequences"
+
+
+def journal_file():
+    """
+    Return the path of the journal.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.journal_file
+    """
+    return f"{_data()}/postgres-upgrade.json"
+
+
+def record_file():
+    """
+    Return the path of the record: a file that says which cluster holds Synapse's data.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.record_file
+    """
+    return f"{_data()}/postgres.json"
+
+
+def _contents_file():
+    return f"{_data()}/postgres-contents.json"
+
+
+def _lock_file():
+    return f"{_data()}/postgres-upgrade.lock"
+
+
+def _data():
+    return __salt__["synapse_pillar.settings"]()["directories"]["data"]
+
+
+def record():
+    """
+    Return the cluster that holds Synapse's data, as it is recorded here: ``15/main``; None if nothing is recorded.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.record
+    """
+    found = _read(record_file())
+    return found and found["cluster"]
+
+
+def write_record(cluster):
+    """
+    Record which cluster holds Synapse's data.
+
+    cluster
+        Its name.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.write_record 15/main
+    """
+    if record() != cluster:
+        _write(record_file(), {"cluster": cluster, "since": _now()})
+
+
+def journal():
+    """
+    Return what the last upgrade did, or is doing: a dict with ``old`` and ``new`` (clusters), ``method``, ``phases`` (a list
+    of dicts with ``name``, ``began`` and ``ended``), ``progress``, ``outcome`` (None while it is not over, ``done``,
+    ``rolled back``) and ``error``; None if there never was one.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.journal
+    """
+    return _read(journal_file())
+
+
+def _read(path):
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _write(path, content):
+    """Whole or not at all, also when the power goes."""
+    draft = f"{path}.new"
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+@contextlib.contextmanager
+def _alone():
+    """One run at a time. The kernel gives it free when the process dies."""
+    with open(_lock_file(), "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise CommandExecutionError(
+                "Another run is at work on Synapse's PostgreSQL: see salt-call synapse_postgres.status"
+            ) from err
+        yield
+
+
+def running():
+    """
+    Return whether a process is at work on it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.running
+    """
+    try:
+        with open(_lock_file(), encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+def run(version, method=None, jobs=None, kill=False, grace=None):
+    """
+    Move Synapse's data to a newer major version: see ``synapse_postgres.upgrade``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.run 18
+    """
+    known = __salt__["synapse_cluster.methods"]()
+    for argument, value, is_right, right in (
+        ("version", version, isinstance(version, int), "a major version, such as 18"),
+        ("method", method, method is None or method in known, f"one of {', '.join(known)}"),
+        ("jobs", jobs, jobs is None or (isinstance(jobs, int) and jobs > 0), "a number of processes"),
+    ):
+        if not is_right:
+            raise SaltInvocationError(f"{argument}: {value!r} is not {right}")
+    with _alone():
+        changed = _put_right()
+        current = __salt__["synapse_postgres.cluster"]()
+        if current != f"{version}/main":
+            entry = _begin(current, f"{version}/main", method, jobs or os.cpu_count(), kill, grace)
+            _go_through(entry, "preflight")
+            changed = True
+        entry = journal() or {}
+        return {
+            "cluster": f"{version}/main",
+            "changed": changed,
+            "method": entry.get("method"),
+            "kept": entry.get("old"),
+            "settings_left_behind": entry.get("left_behind", []),
+            "seconds": {phase["name"]: round(_seconds(phase), 1) for phase in entry.get("phases", [])},
+        }
+
+
+def _begin(old, new, method, jobs, kill, grace):
+    last = journal() or {}
+    entry = {
+        "old": old,
+        "new": new,
+        "method": method,
+        "jobs": jobs,
+        "kill": kill,
+        "grace": grace,
+        "phases": [],
+        "progress": None,
+        # Whether the new cluster was made, and whether the way back is gone.
+        "made": False,
+        "final": False,
+        # Test users, until they are removed.
+        "probes": last.get("probes", []),
+        "outcome": None,
+        "error": None,
+    }
+    _write(journal_file(), entry)
+    return entry
+
+
+def _go_through(entry, first):
+    """Every phase from this one on. What fails is undone, as long as users are not served by the new cluster."""
+    try:
+        for name in list(PHASES)[list(PHASES).index(first) :]:
+            _enter(entry, name)
+            PHASES[name](entry)
+    except BaseException as err:
+        # Also Ctrl-C, and the minion's SIGTERM.
+        raise CommandExecutionError(_fail(entry, err)) from err
+    _end(entry, "done")
+
+
+def _enter(entry, name):
+    _leave(entry)
+    entry["phases"].append({"name": name, "began": _now(), "ended": None})
+    entry["progress"] = None
+    _write(journal_file(), entry)
+    _tell(f"{name} ...")
+
+
+def _leave(entry):
+    if entry["phases"] and entry["phases"][-1]["ended"] is None:
+        phase = entry["phases"][-1]
+        phase["ended"] = _now()
+        _tell(f"{phase['name']}: {_seconds(phase):.1f} s")
+
+
+def _end(entry, outcome):
+    _leave(entry)
+    entry.update(outcome=outcome, progress=None)
+    _write(journal_file(), entry)
+
+
+def _phase(entry):
+    return entry["phases"][-1]["name"] if entry["phases"] else "preflight"
+
+
+def _seconds(phase):
+    began = datetime.datetime.fromisoformat(phase["began"])
+    ended = datetime.datetime.fromisoformat(phase["ended"] or _now())
+    return (ended - began).total_seconds()
+
+
+def _tell(text):
+    """Show progress to whoever runs this: on the console of salt-call, or by the master's event bus."""
+    if __opts__.get("__cli") == "salt-call":
+        print(f"synapse_postgres: {text}", file=sys.stderr, flush=True)
+    else:
+        __salt__["event.fire_master"]({"text": text}, EVENT)
+
+
+def _progress(entry):
+    """What is called with the number of bytes in the new cluster."""
+
+    def tell(done):
+        entry["progress"] = {"done": done, "total": entry["about"]["size"]}
+        _write(journal_file(), entry)
+        _tell(f"{_phase(entry)}: {_of(entry['progress'])}")
+
+    return tell
+
+
+def _of(progress):
+    done, total = progress["done"], progress["total"]
+    return f"{done >> 20} of about {total >> 20} MiB, {min(100, 100 * done // max(total, 1))} %"
+
+
+# --- The ways out ---------------------------------------------------------------------------------
+
+
+def _fail(entry, err):
+    """Undo what a phase did that failed; return a text that says all that an operator has to know."""
+    phase = _phase(entry)
+    said = f"The upgrade failed in the phase {phase}: {err or type(err).__name__}"
+    entry["error"] = said
+    _write(journal_file(), entry)
+    if phase in SERVED:
+        return f"{said}\nSynapse runs on {entry['new']}, and users are served. The same command goes on from here."
+    if entry["final"]:
+        return (
+            f"{said}\nWith method link there is no way back once {entry['new']} was started. Synapse stays locked, and"
+            " users get 503. When the cause is mended, the same command goes on from here; else restore a backup."
+        )
+    try:
+        return f"{said}\nUndone: {_go_back(entry)}."
+    except Exception as worse:
+        return (
+            f"{said}\nTo go back failed as well: {worse}\nNo data of {entry['old']} are lost. When the cause is mended,"
+            " the same command puts it right."
+        )
+
+
+def _go_back(entry):
+    """From any phase before users are served by the new cluster, to the old one and a healthy Synapse."""
+    reached = entry.setdefault("back_from", _phase(entry))
+    _enter(entry, "back")
+    __salt__["synapse_cluster.end_tools"]()
+    undone = []
+    touched = reached not in ("preflight", "stop")
+    if touched:
+        __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL goes back to {entry['old']}", kill=True)
+    if entry["made"]:
+        # First, as it may be what filled the disk.
+        __salt__["synapse_cluster.drop"](entry["new"], entry["data"])
+        undone.append(f"the cluster {entry['new']} is removed")
+    if touched:
+        __salt__["synapse_cluster.make_usable"](entry["old"])
+        _serve(entry, "old")
+        undone.append(f"PostgreSQL {entry['old']} serves, untouched")
+    if reached != "preflight" and (__salt__["synapse_maintenance.holder"]() or {"holder": HOLDER})["holder"] == HOLDER:
+        names = __salt__["synapse_process.start"](HOLDER)
+        undone.append(f"all {len(names)} processes of Synapse are healthy")
+    _end(entry, "rolled back")
+    return "; ".join(undone) or "nothing was done yet"
+
+
+def _put_right():
+    """Bring a run to its end that was cut off. Return whether anything changed."""
+    entry = journal()
+    if entry is None or entry["outcome"]:
+        return False
+    phase = _phase(entry)
+    _tell(f"a run was cut off in the phase {phase}")
+    if entry.get("returning"):
+        _return(entry)
+    elif phase in SERVED or (entry["final"] and phase != "back"):
+        __salt__["synapse_cluster.end_tools"]()
+        _go_through(entry, phase)
+    elif phase in ("start", "check") and _is_open():
+        # Somebody has let users in by hand: what they wrote since is in the new cluster alone.
+        _go_through(entry, "open")
+    else:
+        entry["error"] = f"The upgrade was cut off in the phase {phase}"
+        _go_back(entry)
+    return True
+
+
+def _is_open():
+    return not __salt__["synapse_maintenance.holder"]() and not __salt__["synapse_maintenance.closed"]()
+
+
+def go_back(confirm=False, kill=False, grace=None):
+    """
+    Go back to the cluster of before the last upgrade: see ``synapse_postgres.rollback``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.go_back
+    """
+    with _alone():
+        _put_right()
+        entry = journal()
+        if not entry or entry["outcome"] != "done":
+            raise CommandExecutionError("There is no upgrade to go back from")
+        if entry["final"]:
+            raise CommandExecutionError(
+                f"There is no way back from method link: {entry['old']} shares its files with {entry['new']}"
+            )
+        if entry["old"] not in __salt__["synapse_cluster.clusters"]():
+            raise CommandExecutionError(f"There is no way back: the cluster {entry['old']} was discarded")
+        lost = f"All that was written since {entry['served_since']} stays behind in {entry['new']}"
+        if not confirm:
+            return {"would_serve": entry["old"], "lost": f"{lost}. To do it: confirm=True", "changed": False}
+        entry.update(outcome=None, returning=True, kill=kill, grace=grace)
+        _return(entry)
+        return {"serves": entry["old"], "lost": f"{lost}, which is stopped and kept", "changed": True}
+
+
+def _return(entry):
+    """The way back on request, as often as needed until it came to its end."""
+    try:
+        _enter(entry, "return")
+        reason = f"PostgreSQL goes back to {entry['old']}"
+        __salt__["synapse_process.stop"](HOLDER, reason, entry["kill"], entry["grace"])
+        _serve(entry, "old")
+        _start(entry)
+        _check(entry)
+        __salt__["synapse_maintenance.open"]()
+        _remove_probes(entry)
+    except BaseException as err:
+        said = f"To go back to {entry['old']} failed: {err or type(err).__name__}"
+        entry.update(returning=False, error=said)
+        _serve_again(entry)
+        _end(entry, "done")
+        raise CommandExecutionError(f"{said}\nSynapse runs on {entry['new']} as before.") from err
+    entry["returning"] = False
+    _end(entry, "returned")
+
+
+def _serve_again(entry):
+    held = __salt__["synapse_maintenance.holder"]()
+    if __salt__["synapse_postgres.cluster"]() != entry["new"] or (held and held["holder"] == HOLDER):
+        __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL stays on {entry['new']}", kill=True)
+        _serve(entry, "new")
+        __salt__["synapse_process.start"](HOLDER)
+
+
+def discard(cluster):
+    """
+    Remove a cluster that an upgrade left behind: see ``synapse_postgres.discard_old``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.discard 15/main
+    """
+    with _alone():
+        entry = journal() or {}
+        if cluster == __salt__["synapse_postgres.cluster"]():
+            raise CommandExecutionError(f"{cluster} holds Synapse's data")
+        if cluster not in (entry.get("old"), entry.get("new")):
+            raise CommandExecutionError(f"{cluster} is no cluster that an upgrade left behind")
+        if not entry["outcome"]:
+            raise CommandExecutionError("An upgrade did not come to its end: salt-call synapse_postgres.upgrade first")
+        data = entry["data"] if cluster == entry["new"] else entry["about"]["data"]
+        return __salt__["synapse_cluster.drop"](cluster, data)
+
+
+def fault():
+    """
+    Return a sentence that says which work on PostgreSQL keeps everything else from changing; None if nothing does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.fault
+    """
+    entry = journal()
+    if entry is None or entry["outcome"]:
+        return None
+    if running():
+        return f"PostgreSQL is being moved from {entry['old']} to {entry['new']}: see salt-call synapse_postgres.status"
+    return (
+        f"A move of PostgreSQL from {entry['old']} to {entry['new']} was cut off in the phase {_phase(entry)}."
+        f" To put it right: salt-call synapse_postgres.upgrade version={entry['new'].split('/')[0]}"
+    )
+
+
+def status():
+    """
+    Return the last upgrade as text for people: see ``synapse_postgres.status``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.status
+    """
+    entry = journal()
+    if entry is None:
+        return "There never was an upgrade"
+    state = entry["outcome"] or ("at work" if running() else "cut off")
+    lines = [f"{entry['old']} to {entry['new']}, method {entry['method'] or '(not chosen yet)'}: {state}"]
+    width = max(len(phase["name"]) for phase in [{"name": ""}, *entry["phases"]])
+    lines += [
+        f"  {phase['name'].ljust(width)}  {phase['began'][:19]}  {_seconds(phase):7.1f} s{'' if phase['ended'] else ' ...'}"
+        for phase in entry["phases"]
+    ]
+    if entry["progress"]:
+        lines.append(f"  {_of(entry['progress'])}")
+    if entry["error"]:
+        lines.append(entry["error"])
+    return "\n".join(lines)
+
+
+# --- Phases ---------------------------------------------------------------------------------------
+
+
+def _preflight(entry):
+    """All that can be done while users are served, and all that can be found out."""
+    faults = _faults_of_synapse()
+    if faults:
+        raise CommandExecutionError("; ".join(faults))
+    old, new = entry["old"], entry["new"]
+    version = int(new.split("/")[0])
+    about = __salt__["synapse_cluster.about"](old)
+    if version <= about["version"]:
+        raise CommandExecutionError(f"Synapse's data are on {old}: PostgreSQL {version} is no newer major version")
+    if new in __salt__["synapse_cluster.clusters"]():
+        raise CommandExecutionError(
+            f"The cluster {new} is there already. If nobody needs what is in it: salt-call synapse_postgres.discard_old"
+            f" {new}, where it is from an upgrade, else pg_dropcluster --stop {new.replace('/', ' ')}"
+        )
+    _tell(f"preflight: PostgreSQL {version} is installed, if it is not")
+    __salt__["synapse_cluster.install"](version)
+    data = __salt__["synapse_cluster.place"](about, version)
+    if os.path.isdir(data) and os.listdir(data):
+        raise CommandExecutionError(f"The directory {data}, which {new} needs, is not empty")
+    if entry["method"] is None:
+        clones = __salt__["synapse_cluster.can_clone"](about["data"], data)
+        entry["method"] = "clone" if clones else "copy"
+    faults = _faults_of_cluster(about, version, data, entry["method"])
+    if faults:
+        raise CommandExecutionError("; ".join(faults))
+    spare, parking = __salt__["synapse_cluster.free_ports"](2)
+    kept = {key: about[key] for key in ("version", "size", "port", "data")}
+    entry.update(about=kept, data=data, parking=parking, made=True)
+    _write(journal_file(), entry)
+    entry["left_behind"] = __salt__["synapse_cluster.create"](new, about, spare)
+    _tell("preflight: pg_upgrade --check")
+    __salt__["synapse_cluster.check"](old, new, entry["method"], entry["jobs"])
+    _meet(entry)
+
+
+def _meet(entry):
+    """Have a test user, who remains known until it is removed."""
+    entry["probes"].append(__salt__["synapse_probe.begin"]())
+    _write(journal_file(), entry)
+
+
+def _faults_of_synapse():
+    """What keeps Synapse from being stopped and started again."""
+    settings = __salt__["synapse_pillar.settings"]()
+    faults = []
+    held = __salt__["synapse_maintenance.fault"]()
+    if held:
+        faults.append(held)
+    image = __salt__["synapse_image.wanted"](settings["image"])
+    if not image["id"]:
+        faults.append(f"The image {image['reference']} is not there: salt-call state.apply synapse brings it")
+    counted = __salt__["synapse_process.census"]()
+    planned = [process for process in counted["processes"] if process["type"]]
+    sick = [process["name"] for process in planned if not process["healthy"]]
+    if sick and not held:
+        faults.append(f"Not healthy, and an upgrade mends nothing: {', '.join(sick)}")
+    return faults
+
+
+def _faults_of_cluster(about, version, data, method):
+    """What would make the upgrade fail, or lose something."""
+    faults = []
+    settings = __salt__["synapse_pillar.settings"]()
+    synapse = settings["postgres"]["database"]
+    sql = "select pg_encoding_to_char(encoding) as encoding, datcollate, datctype from pg_database where datname = '{}'"
+    rows = __salt__["synapse_cluster.query"](f"{about['version']}/main", sql.format(synapse))
+    if not rows:
+        faults.append(f"The database {synapse} is not in {about['version']}/main")
+    elif list(rows[0].values()) != ["UTF8", "C", "C"]:
+        faults.append(f"The database {synapse} is not UTF8 with C collation, as Synapse wants it: {rows[0]}")
+    if about["slots"]:
+        faults.append(f"These replication slots would be lost, drop them first: {', '.join(about['slots'])}")
+    missing = __salt__["synapse_cluster.missing_extensions"](version, about["extensions"])
+    if missing:
+        listed = ", ".join(missing)
+        faults.append(f"PostgreSQL {version} has not these extensions, install their packages first: {listed}")
+    if method == "link" and not _same_file_system(about["data"], data):
+        faults.append(f"method link needs {about['data']} and {data} on one file system")
+    if method == "clone" and not __salt__["synapse_cluster.can_clone"](about["data"], data):
+        faults.append(f"method clone: there are no reflinks from {about['data']} to {data}; copy does without")
+    return [*faults, *_faults_of_space(about, data, method)]
+
+
+def _same_file_system(one, other):
+    return os.stat(one).st_dev == os.stat(__salt__["synapse_cluster.existing"](other)).st_dev
+
+
+def _faults_of_space(about, data, method):
+    """Each file system has what the method needs on it. A dump goes where the cluster is, tablespaces or not."""
+    sizes = {data: about["size"] - sum(about["tablespaces"].values()), **about["tablespaces"]}
+    share, margin = __salt__["synapse_cluster.methods"]()[method]["space"], __salt__["synapse_cluster.margin"]()
+    needs = {}
+    for path, size in sizes.items():
+        directory = __salt__["synapse_cluster.existing"](path)
+        file_system = os.stat(directory).st_dev
+        _, need = needs.get(file_system, (directory, margin))
+        needs[file_system] = (directory, need + int(size * share))
+    for directory, need in needs.values():
+        free = shutil.disk_usage(directory).free
+        if free < need:
+            yield f"The file system of {directory} has {free >> 20} MiB free, method {method} needs {need >> 20}"
+
+
+def _stop(entry):
+    __salt__["synapse_process.stop"](
+        HOLDER, f"PostgreSQL moves from {entry['old']} to {entry['new']}", entry["kill"], entry["grace"]
+    )
+
+
+def _upgrade(entry):
+    _write(_contents_file(), __salt__["synapse_cluster.contents"](entry["old"], entry["method"]))
+    if entry["method"] == "dump":
+        # Where nobody finds it who would go on writing to it.
+        __salt__["synapse_cluster.stop"](entry["old"])
+        __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
+        __salt__["synapse_cluster.start"](entry["old"])
+    __salt__["synapse_cluster.move"](entry["old"], entry["new"], entry["method"], entry["jobs"], _progress(entry))
+    for cluster in ("old", "new"):
+        __salt__["synapse_cluster.stop"](entry[cluster])
+
+
+def _verify(entry):
+    if entry["method"] == "link":
+        # From its start on both share files, and only the new one may use them.
+        entry["final"] = True
+        _write(journal_file(), entry)
+    # Already where it shall serve, which spares a restart; but not by itself.
+    __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
+    __salt__["synapse_cluster.place_at"](entry["new"], entry["about"]["port"], "manual")
+    __salt__["synapse_cluster.start"](entry["new"])
+    faults = __salt__["synapse_cluster.differences"](
+        _read(_contents_file()), __salt__["synapse_cluster.contents"](entry["new"], entry["method"])
+    )
+    faults += _lagging_sequences(entry["new"])
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise CommandExecutionError(f"The new cluster is not as the old one was: {'; '.join(faults[:10])}{more}")
+
+
+def _lagging_sequences(cluster):
+    """Sequences that would give a number to two things."""
+    database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
+    sequences = {
+        row["name"]: int(row["value"]) for row in __salt__["synapse_cluster.query"](cluster, SEQUENCES, database)
+    }
+    known = __salt__["synapse_pillar.knowledge"]()["sequences"]
+    for row in __salt__["synapse_cluster.query"](cluster, POSITIONS, database):
+        sequence = known.get(row["name"])
+        if sequence in sequences and sequences[sequence] < int(row["position"]):
+            yield (
+                f"the sequence {sequence} is at {sequences[sequence]}, but the stream {row['name']} at {row['position']}"
+            )
+
+
+def _serve(entry, serving):
+    """One cluster is at Synapse's port, the other is down and can't start by accident. What is so already stays so."""
+    cluster, other = (entry["old"], entry["new"]) if serving == "old" else (entry["new"], entry["old"])
+    port = entry["about"]["port"]
+    clusters = __salt__["synapse_cluster.clusters"]()
+    if other in clusters:
+        __salt__["synapse_cluster.stop"](other)
+        __salt__["synapse_cluster.place_at"](other, entry["parking"], "disabled")
+    if clusters[cluster]["port"] != port:
+        __salt__["synapse_cluster.stop"](cluster)
+    __salt__["synapse_cluster.place_at"](cluster, port, "auto")
+    __salt__["synapse_cluster.start"](cluster)
+    write_record(cluster)
+
+
+def _switch(entry):
+    _serve(entry, "new")
+
+
+def _start(entry):
+    __salt__["synapse_process.start"](HOLDER, opened=False)
+
+
+def _check(entry):
+    if not __salt__["synapse_probe.has_begun"]():
+        _meet(entry)
+    __salt__["synapse_probe.attempt"]()
+
+
+def _open(entry):
+    __salt__["synapse_maintenance.open"]()
+    entry["served_since"] = entry.get("served_since") or _now()
+
+
+def _care(entry):
+    entry["care"] = __salt__["synapse_cluster.care"](entry["new"], entry["method"])
+    _remove_probes(entry)
+
+
+def _remove_probes(entry):
+    if entry["probes"] and not __salt__["synapse_probe.has_begun"]():
+        _meet(entry)
+    __salt__["synapse_probe.end"](entry["probes"])
+    entry["probes"] = []
+
+
+PHASES = {
+    "preflight": _preflight,
+    "stop": _stop,
+    "upgrade": _upgrade,
+    "verify": _verify,
+    "switch": _switch,
+    "start": _start,
+    "check": _check,
+    "open": _open,
+    "after-care": _care,
+}
+# From here on users are served by the new cluster.
+SERVED = ("open", "after-care")
