@@ -1,5 +1,5 @@
 """
-Synapse's PostgreSQL cluster: which one it is, and how it is set.
+Synapse's PostgreSQL cluster: which one it is, how it is set, who is connected; and its move to a newer major version.
 """
 
 import csv
@@ -24,8 +24,9 @@ select pid, pg_terminate_backend(pid) from pg_stat_activity where usename = '{ro
 
 def version():
     """
-    Return the PostgreSQL major version that Synapse's database is on, as an integer: the pillar's, else that of the only
-    cluster on this machine, else what the distribution packages.
+    Return the PostgreSQL major version that Synapse's data are on, as an integer: the recorded one; while none is recorded,
+    that of the only cluster with Synapse's database, else the pillar's, else that of the only cluster on this machine, else
+    what the distribution packages.
 
     Raises CommandExecutionError where that does not tell.
 
@@ -35,10 +36,18 @@ def version():
 
         salt-call synapse_postgres.version
     """
-    given = __salt__["synapse_pillar.settings"]()["postgres"]["version"]
+    recorded = __salt__["synapse_upgrade.record"]()
+    if recorded:
+        return int(recorded.split("/")[0])
+    settings = __salt__["synapse_pillar.settings"]()
+    given, there = settings["postgres"]["version"], _present()
+    if given is not None and there not in ([], [given]):
+        # Perhaps the pillar was changed before anything was recorded.
+        holding = [major for major in there if _holds_database(major, settings["postgres"]["database"])]
+        if len(holding) == 1:
+            return holding[0]
     if given is not None:
         return given
-    there = sorted(int(path.parent.name) for path in CLUSTERS.glob("*/main") if path.parent.name.isdecimal())
     if len(there) == 1:
         return there[0]
     packaged = PACKAGED.get(__grains__.get("os"), {}).get(__grains__.get("osmajorrelease"))
@@ -47,6 +56,56 @@ def version():
             f"synapse:postgres:version: is missing: this machine has the clusters {there or 'none'}; say which is Synapse's"
         )
     return packaged
+
+
+def _present():
+    return sorted(int(path.parent.name) for path in CLUSTERS.glob("*/main") if path.parent.name.isdecimal())
+
+
+def _holds_database(major, database):
+    found = __salt__["synapse_cluster.clusters"]().get(f"{major}/main", {"running": False})
+    if not found["running"]:
+        return False
+    rows = __salt__["synapse_cluster.query"](f"{major}/main", "select datname from pg_database")
+    return database in [row["datname"] for row in rows]
+
+
+def cluster():
+    """
+    Return the cluster that Synapse's data are on, as Debian calls it: ``15/main``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.cluster
+    """
+    return f"{version()}/main"
+
+
+def fault():
+    """
+    Return a sentence that says why nothing may touch PostgreSQL now: a move that is at work or was cut off, or a version in
+    the pillar that the data are not on, where a run would start an empty database. None if there is no reason.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.fault
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    if not settings["postgres"]["managed"]:
+        return None
+    unfinished = __salt__["synapse_upgrade.fault"]()
+    wanted = settings["postgres"]["version"]
+    if unfinished or wanted in (None, version()):
+        return unfinished
+    return (
+        f"synapse:postgres:version: {wanted}: Synapse's data are on {cluster()}, and state.apply does not move them. To move them:"
+        f" salt-run state.orchestrate synapse.orch.upgrade_postgres, or salt-call synapse_postgres.upgrade. To stay:"
+        " take the version out of the pillar"
+    )
 
 
 def options():
@@ -95,6 +154,133 @@ def terminate_sessions():
     _ask(TERMINATE)
 
 
+def upgrade(version=None, method=None, jobs=None, kill=False, grace=None):
+    """
+    Move Synapse's data to a newer major version of PostgreSQL, in phases: ``preflight``, while users are served; ``stop``,
+    ``upgrade``, ``verify``, ``switch``, ``start``, ``check``, while nginx answers 503; ``open``; ``after-care``.
+
+    Whatever fails before users are served again is undone: the old cluster serves, and Synapse is healthy. A run that was
+    cut off is put right by the next one, which then goes on. The old cluster stays, down and disabled, until it is
+    discarded by :func:`discard_old`; until then :func:`rollback` goes back to it.
+
+    version
+        The major version. Defaults to ``synapse:postgres:version``.
+
+    method
+        ``clone``: files share their blocks with the old cluster's, at any size in no time; the file system must have
+        reflinks. ``copy``: files are copied. ``link``: both clusters have the same files, at any size in no time, but **there
+        is no way back once the new one was started**. ``dump``: all is written as SQL and read again, for where the others
+        can't be. Defaults to ``clone`` where it can be, else ``copy``.
+
+    jobs
+        How many processes work on it. Defaults to the number of processors.
+
+    kill, grace
+        See ``synapse_process.stop``.
+
+    Returns a dict with ``cluster`` (where the data are), ``changed``, ``method``, ``kept`` (the old cluster),
+    ``settings_left_behind`` (which the new version does not know) and ``seconds`` by phase.
+
+    Raises CommandExecutionError that says what failed and what was undone.
+
+    Source: https://www.postgresql.org/docs/current/pgupgrade.html
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.upgrade version=18
+    """
+    return __salt__["synapse_upgrade.run"](_target(version), method, jobs, kill, grace)
+
+
+def _target(version):
+    settings = __salt__["synapse_pillar.settings"]()
+    if not settings["postgres"]["managed"]:
+        raise CommandExecutionError(
+            "synapse:postgres:managed: false: upgrade it by its own means, between salt-call synapse_process.stop and start"
+        )
+    wanted = version if version is not None else settings["postgres"]["version"]
+    if wanted is None:
+        raise CommandExecutionError("synapse:postgres:version: is missing: to which version?")
+    return wanted
+
+
+def preflight(version=None, method=None):
+    """
+    Do the first phase of :func:`upgrade` alone, and clean up after it: nothing is stopped. The packages of the new version
+    stay.
+
+    version, method
+        See :func:`upgrade`.
+
+    Returns a dict with ``cluster`` (the one that would be made), ``method`` and ``settings_left_behind``.
+
+    Raises CommandExecutionError that says what would keep the upgrade from going through.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.preflight version=18
+    """
+    return __salt__["synapse_upgrade.preflight"](_target(version), method)
+
+
+def rollback(confirm=False, kill=False, grace=None):
+    """
+    Go back to the cluster of before the last upgrade. What was written since then stays behind in the newer one, which is
+    kept, down and disabled.
+
+    confirm
+        Whether to do it. Otherwise only what would be lost is said.
+
+    kill, grace
+        See ``synapse_process.stop``.
+
+    Returns a dict with ``changed`` and ``lost``, and ``serves`` or ``would_serve``.
+
+    Raises CommandExecutionError if there is no way back, or if it failed; then Synapse runs as before.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.rollback
+        salt-call synapse_postgres.rollback confirm=True
+    """
+    return __salt__["synapse_upgrade.go_back"](confirm, kill, grace)
+
+
+def discard_old(cluster):
+    """
+    Remove a cluster that an upgrade, or the way back from one, left behind, with its data. Return whether it was there.
+
+    cluster
+        Its name, such as ``15/main``. Never the one that Synapse's data are on.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.discard_old 15/main
+    """
+    return __salt__["synapse_upgrade.discard"](cluster)
+
+
+def status():
+    """
+    Return the last upgrade, or the one that is at work, as text for people: its phases, their times, how far it is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.status
+    """
+    return f"Synapse's data are on {cluster()}\n{__salt__['synapse_upgrade.status']()}"
+
+
 def _ask(query):
     settings = __salt__["synapse_pillar.settings"]()
     return _ask_managed(settings, query) if settings["postgres"]["managed"] else _ask_external(settings, query)
@@ -103,12 +289,12 @@ def _ask(query):
 def _ask_managed(settings, query):
     if not CLUSTERS.is_dir():
         return []
-    cluster = f"--cluster={version()}/main"
+    server = f"--cluster={cluster()}"
     # pg_isready(1): 2 says that nobody answered.
-    if _run("pg_isready", cluster)["retcode"] == 2:
+    if _run("pg_isready", server)["retcode"] == 2:
         return []
     done = _run(
-        *("runuser", "--user=postgres", "--", "psql", cluster, "--no-psqlrc", "--csv", "--dbname=postgres"),
+        *("runuser", "--user=postgres", "--", "psql", server, "--no-psqlrc", "--csv", "--dbname=postgres"),
         *("--command", _about(query, settings["user"]["name"])),
     )
     return _rows(done)

@@ -209,6 +209,29 @@ def run(version, method=None, jobs=None, kill=False, grace=None):
         }
 
 
+def preflight(version, method=None):
+    """
+    Do the first phase alone: see ``synapse_postgres.preflight``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_upgrade.preflight 18
+    """
+    with _alone():
+        _put_right()
+        entry = _begin(__salt__["synapse_postgres.cluster"](), f"{version}/main", method, os.cpu_count(), False, None)
+        try:
+            _enter(entry, "preflight")
+            _preflight(entry)
+        except BaseException as err:
+            raise CommandExecutionError(_fail(entry, err)) from err
+        _go_back(entry)
+        _remove_probes(entry)
+        return {"cluster": entry["new"], "method": entry["method"], "settings_left_behind": entry["left_behind"]}
+
+
 def _begin(old, new, method, jobs, kill, grace):
     last = journal() or {}
     entry = {

@@ -64,4 +64,13 @@ Synapse's database exists:
       - cmd: Synapse's database role exists
     - require_in:
       - synapse_process: Synapse's processes are running
+
+{#- From here on it is this cluster, whatever the pillar says: another would be empty. #}
+The cluster of Synapse's data is recorded:
+  synapse_postgres.recorded:
+    - name: {{ version }}/main
+    - require:
+      - cmd: Synapse's database exists
+    - require_in:
+      - synapse_process: Synapse's processes are running
 {%- endif %}

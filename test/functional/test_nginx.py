@@ -418,6 +418,8 @@ class Nginx:
             "trusted_proxies": ["127.0.0.1"],
             "well_known": {"client": None, "server": None},
             "status_socket": str(directory / "status.sock"),
+            "back_door": str(directory / "back-door.sock"),
+            "maintenance_switch": str(directory / "maintenance"),
             "log_directory": str(directory),
             "internal": None,
             **settings,
