@@ -57,6 +57,11 @@ from pg_database d where datname = 'template0'
 DATABASES = "select datname from pg_database where datallowconn order by datname"
 SLOTS = "select slot_name, slot_type from pg_replication_slots"
 FILE_SETTINGS = "select name, setting from pg_file_settings where sourcefile = '{}' and applied order by seqno"
+# Minor releases of 2026 keep more with columns than the options of ALTER TABLE, and the clients of older ones stumble on it.
+COLUMN_OPTIONS = """
+select distinct split_part(option, '=', 1) as option from pg_attribute, unnest(attoptions) as option
+where split_part(option, '=', 1) not in ('n_distinct', 'n_distinct_inherited')
+"""
 EXTENSIONS_USED = "select extname from pg_extension"
 QUIET = "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'autovacuum worker'"
 
@@ -216,8 +221,8 @@ def _client(cluster, program):
 def about(name):
     """
     Return what a cluster is like that runs: what :func:`clusters` tells, and ``encoding``, ``collate``, ``ctype``,
-    ``provider``, ``locale``, ``checksums``, ``mode``, ``wal_segment`` (megabytes), ``databases``, ``extensions``, ``slots``
-    (of replication), ``size`` (bytes) and ``tablespaces`` (their bytes by directory).
+    ``provider``, ``locale``, ``checksums``, ``mode``, ``wal_segment`` (megabytes), ``databases``, ``extensions``,
+    ``column_options`` (of its own making), ``slots`` (of replication), ``size`` (bytes) and ``tablespaces`` (their bytes by directory).
 
     name
         The cluster.
@@ -232,6 +237,7 @@ def about(name):
     (found,) = _query(cluster, ABOUT)
     databases = [row["datname"] for row in _query(cluster, DATABASES)]
     extensions = {row["extname"] for database in databases for row in _query(cluster, EXTENSIONS_USED, database)}
+    options = {row["option"] for database in databases for row in _query(cluster, COLUMN_OPTIONS, database)}
     links = pathlib.Path(cluster["data"], "pg_tblspc").iterdir()
     tablespaces = {path: size(path) for path in map(os.path.realpath, links)}
     return {
@@ -239,6 +245,7 @@ def about(name):
         **found,
         "databases": databases,
         "extensions": sorted(extensions),
+        "column_options": sorted(options),
         "slots": [f"{row['slot_name']} ({row['slot_type']})" for row in _query(cluster, SLOTS)],
         "size": size(cluster["data"]) + sum(tablespaces.values()),
         "tablespaces": tablespaces,
@@ -382,6 +389,26 @@ def missing_extensions(version, extensions):
     """
     directory = pathlib.Path(EXTENSIONS.format(version))
     return [name for name in extensions if not (directory / f"{name}.control").exists()]
+
+
+def strange_options(version, options):
+    """
+    Return the options of columns that a major version does not know, as it is installed here, and would refuse.
+
+    version
+        The major version.
+
+    options
+        A list of names.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_cluster.strange_options 18 '[pg_attver]'
+    """
+    server = pathlib.Path(f"{PROGRAMS.format(version)}/postgres").read_bytes() if options else b""
+    return [option for option in options if f"\0{option}\0".encode() not in server]
 
 
 def create(name, old, port):

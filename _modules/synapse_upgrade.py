@@ -604,6 +604,12 @@ def _faults_of_cluster(about, version, data, method):
     if missing:
         listed = ", ".join(missing)
         faults.append(f"PostgreSQL {version} has not these extensions, install their packages first: {listed}")
+    strange = __salt__["synapse_cluster.strange_options"](version, about["column_options"])
+    if strange:
+        faults.append(
+            f"This release of PostgreSQL {version} does not know what the old one keeps with columns ({', '.join(strange)}):"
+            " install one that is as new as the old one's minor release"
+        )
     if method == "link" and not _same_file_system(about["data"], data):
         faults.append(f"method link needs {about['data']} and {data} on one file system")
     if method == "clone" and not __salt__["synapse_cluster.can_clone"](about["data"], data):
