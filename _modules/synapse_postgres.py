@@ -230,7 +230,8 @@ def preflight(version=None, method=None):
 def rollback(confirm=False, kill=False, grace=None):
     """
     Go back to the cluster of before the last upgrade. What was written since then stays behind in the newer one, which is
-    kept, down and disabled.
+    kept, down and disabled. A run that was cut off is put right first, and that is all then: it goes back, or, where users
+    were served by the new cluster already, comes to its end.
 
     confirm
         Whether to do it. Otherwise only what would be lost is said.

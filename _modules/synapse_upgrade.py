@@ -407,7 +407,13 @@ def go_back(confirm=False, kill=False, grace=None):
         salt-call synapse_upgrade.go_back
     """
     with _alone():
-        _put_right()
+        if _put_right():
+            serves = __salt__["synapse_postgres.cluster"]()
+            return {
+                "serves": serves,
+                "lost": "Nothing: the last run was cut off, and is put right now",
+                "changed": True,
+            }
         entry = journal()
         if not entry or entry["outcome"] != "done":
             raise CommandExecutionError("There is no upgrade to go back from")
