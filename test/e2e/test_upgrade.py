@@ -532,7 +532,7 @@ def test_a_master_upgrades_it_and_shows_how_far_it_is(synapse, master):
 
 
 def test_a_master_is_told_what_failed_and_what_was_undone(synapse, master, lying):
-    lying("pg_upgrade", f'[[ " $* " == *" --check "* ]] || exit 7\nexec $REAL "$@"')
+    lying("pg_upgrade", '[[ " $* " == *" --check "* ]] || exit 7\nexec $REAL "$@"')
     failed = master(*ORCHESTRATE, 'pillar={"arguments": {"version": 18}}', check=False)
     assert failed.returncode != 0
     went_back(synapse, json.dumps(json.loads(failed.stdout)), "upgrade")
