@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 """Runs in the bench's host and prints what it measured as JSON: probe WHAT ARGUMENTS..."""
 
+import http.client
+import itertools
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 RUN = "/run/matrix-synapse"
@@ -164,6 +167,139 @@ def time_command(*command):
     return timed(lambda: run(*command))
 
 
+OLD_DATA, PRISTINE = "/var/lib/postgresql/15/main", "/var/lib/postgresql/pristine"
+NEW_BIN = "/usr/lib/postgresql/18/bin"
+
+
+def script(text):
+    run("bash", "-euo", "pipefail", "-c", text)
+
+
+def fill(rows):
+    """Have event_json hold so many rows, of text that does not compress."""
+    sql = f"""insert into event_json (event_id, room_id, internal_metadata, json, format_version)
+        select '$' || n || md5(n::text), '!bench:example.org', '{{}}',
+          (select string_agg(md5(n::text || m::text), '') from generate_series(1, 36) m), 4
+        from generate_series((select count(*) from event_json) + 1, {int(rows)}) n"""
+    script(
+        f"""cd / && runuser -u postgres -- psql --quiet --cluster 15/main synapse --command "{sql}"
+        runuser -u postgres -- psql --quiet --cluster 15/main synapse --command "vacuum analyze event_json" --command checkpoint"""
+    )
+
+
+def serves():
+    connection = http.client.HTTPConnection("127.0.0.1", 8008, timeout=2)
+    try:
+        connection.request("GET", "/_matrix/client/versions")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def outage(action):
+    """Seconds from the last good request before an action's worst gap to the first one after it."""
+    good, over = [], threading.Event()
+
+    def ask():
+        while not over.is_set():
+            if serves():
+                good.append(time.monotonic())
+            time.sleep(0.02)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    action()
+    time.sleep(0.5)
+    over.set()
+    asking.join()
+    return max(after - before for before, after in itertools.pairwise(good))
+
+
+def keep_pristine():
+    script(
+        f"""systemctl stop {MAIN} postgresql@15-main
+        rm -rf {PRISTINE}; cp -a {OLD_DATA} {PRISTINE}; sync
+        systemctl start postgresql@15-main {MAIN}"""
+    )
+    wait_until_all_serve()
+
+
+def restore_pristine():
+    script(
+        f"""systemctl stop {MAIN} postgresql@15-main
+        for name in main hand; do ! test -d /etc/postgresql/18/$name || pg_dropcluster --stop 18 $name; done
+        rm -rf {OLD_DATA}; mv {PRISTINE} {OLD_DATA}
+        echo auto >/etc/postgresql/15/main/start.conf
+        pg_conftool 15 main set port 5432
+        systemctl --quiet enable postgresql@15-main
+        echo '{{"cluster": "15/main", "since": "now"}}' >/var/lib/matrix-synapse/postgres.json
+        systemctl start postgresql@15-main {MAIN}"""
+    )
+    wait_until_all_serve()
+
+
+def wait_until_all_serve():
+    wait_for(sorted(name.removesuffix(".sock") for name in os.listdir(f"{RUN}/private") if name.endswith(".sock")))
+
+
+def upgrade(method):
+    if method == "link":
+        keep_pristine()
+    words = ["salt-call", "--local", "synapse_postgres.upgrade", "version=18", f"method={method}"]
+    seconds = outage(lambda: run(*words))
+    if method == "link":
+        restore_pristine()
+    else:
+        run("salt-call", "--local", "synapse_postgres.rollback", "confirm=True")
+        run("salt-call", "--local", "synapse_postgres.discard_old", "18/main")
+    return seconds
+
+
+def upgrade_by_hand(method):
+    """Stop Synapse and PostgreSQL, run the bare tool, start both: by somebody who types without a pause."""
+    if method == "link":
+        keep_pristine()
+    script(
+        """pg_createcluster --port 5440 --start-conf manual --locale C.UTF-8 -o ssl=off 18 hand -- --no-data-checksums >/dev/null
+        cp /etc/postgresql/15/main/conf.d/*.conf /etc/postgresql/18/hand/conf.d/
+        cp /etc/postgresql/15/main/pg_hba.conf /etc/postgresql/18/hand/"""
+    )
+    if method == "dump":
+        tool = f"""pg_ctlcluster 18 hand start
+        {{ runuser -u postgres -- {NEW_BIN}/pg_dumpall --host /run/postgresql --port 5432 |
+          sed '/^CREATE ROLE postgres;$/d' |
+          runuser -u postgres -- {NEW_BIN}/psql --no-psqlrc --quiet --host /run/postgresql --port 5440 postgres; }} >/dev/null
+        systemctl stop postgresql@15-main
+        pg_ctlcluster 18 hand stop"""
+    else:
+        tool = f"""systemctl stop postgresql@15-main
+        runuser -u postgres -- {NEW_BIN}/pg_upgrade --old-bindir /usr/lib/postgresql/15/bin --new-bindir {NEW_BIN} \
+          --old-datadir {OLD_DATA} --new-datadir /var/lib/postgresql/18/hand --jobs {os.cpu_count()} \
+          --old-options '-c config_file=/etc/postgresql/15/main/postgresql.conf' \
+          --new-options '-c config_file=/etc/postgresql/18/hand/postgresql.conf' \
+          --socketdir /tmp {"--link" if method == "link" else ""} >/dev/null"""
+    seconds = outage(
+        lambda: (
+            script(
+                f"""cd /tmp; systemctl stop {MAIN}
+                {tool}
+                pg_conftool 18 hand set port 5432
+                pg_ctlcluster 18 hand start
+                systemctl start {MAIN}"""
+            ),
+            wait_until_all_serve(),
+        )
+    )
+    if method == "link":
+        restore_pristine()
+    else:
+        script(f"systemctl stop {MAIN}; pg_dropcluster --stop 18 hand; systemctl start postgresql@15-main {MAIN}")
+        wait_until_all_serve()
+    return seconds
+
+
 PROBES = {
     "start-units": start_units,
     "start-containers": start_containers,
@@ -173,6 +309,9 @@ PROBES = {
     "ready-lags": ready_lags,
     "memory": memory,
     "time": time_command,
+    "fill": fill,
+    "upgrade": upgrade,
+    "upgrade-by-hand": upgrade_by_hand,
 }
 
 if __name__ == "__main__":
