@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 
+import salt.utils.hashutils
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
@@ -137,15 +138,16 @@ def outdated_modules():
         for source in __salt__["cp.list_master"](prefix=f"_{directory}/synapse_"):
             if source.endswith(".py"):
                 synced = cache / directory / pathlib.Path(source).name
-                if not synced.exists() or _digest_of(synced) != __salt__["cp.hash_file"](f"salt://{source}")["hsum"]:
+                if not synced.exists() or not _is_served(synced, __salt__["cp.hash_file"](f"salt://{source}")):
                     found.append(
                         f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first"
                     )
     return found
 
 
-def _digest_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _is_served(path, served):
+    # The master's `hash_type` says which digest the file server gives.
+    return salt.utils.hashutils.get_hash(str(path), form=served["hash_type"]) == served["hsum"]
 
 
 def diagram():

@@ -7,6 +7,7 @@ opened but files to read.
 
 import contextlib
 import datetime
+import hashlib
 import json
 import pathlib
 import re
@@ -562,6 +563,20 @@ def test_no_pillar_at_all_is_told_so(minion):
     minion.run(None).pillar.clear()
     (line,) = minion.synapse_workers.validate()
     assert "see pillar.example" in line
+
+
+@pytest.mark.parametrize("hash_type", ["sha256", "sha512", "md5"])
+def test_a_module_is_out_of_date_if_the_file_server_has_another_by_whatever_digest(minion, monkeypatch, hash_type):
+    source = "_modules/synapse_workers.py"
+    served = {"hsum": hashlib.new(hash_type, (ROOT / source).read_bytes()).hexdigest(), "hash_type": hash_type}
+    monkeypatch.setitem(minion.synapse_workers.__opts__, "extension_modules", str(minion.directory))
+    minion.salt |= {"cp.list_master": lambda prefix: [source][: prefix in source], "cp.hash_file": lambda url: served}
+    changed = f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first"
+    assert minion.synapse_workers.outdated_modules() == [changed]
+    minion.write("modules/synapse_workers.py", (ROOT / source).read_text())
+    assert minion.synapse_workers.outdated_modules() == []
+    minion.write("modules/synapse_workers.py", "# of before\n")
+    assert minion.synapse_workers.outdated_modules() == [changed]
 
 
 def test_all_faults_are_told_at_once(minion):
