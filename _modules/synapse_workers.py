@@ -47,6 +47,15 @@ SETTINGS_ELSEWHERE = {
     "old_signing_keys": "synapse:signing_key:old",
     "server_name": "synapse:server_name",
     "app_service_config_files": "synapse:appservices",
+    "max_upload_size": "synapse:max_upload_size",
+    "public_baseurl": "synapse:public_base_url",
+}
+
+# What the rest of the formula rests on.
+SETTINGS_REFUSED = {
+    **dict.fromkeys(PLANNED_SETTINGS, "leave it out, the formula sets it"),
+    **dict.fromkeys(("daemonize", "worker_daemonize"), "leave it out: a container ends with the process it started"),
+    "media_store_path": "leave it out: media are kept below synapse:directories:data, the one place that containers can write to",
 }
 
 
@@ -498,6 +507,7 @@ def faults(settings, workers, roster):
     found = [line for where, entry in entries for line in _entry_faults(where, entry, workers)]
     found += _crowd_faults(entries, workers)
     found += _setting_faults("synapse:config", settings["config"])
+    found += _redis_faults(entries, settings["config"])
     found += _name_setting_faults(settings["config"], workers)
     found += _roster_faults(settings, roster)
     if found:
@@ -506,6 +516,7 @@ def faults(settings, workers, roster):
     found += _socket_faults(planned, settings)
     found += _connection_faults(planned, settings)
     found += _ghost_faults(planned, settings["config"], workers)
+    found += _other_writers_faults(planned, settings["config"])
     return found
 
 
@@ -538,14 +549,26 @@ def _entry_faults(where, entry, workers):
 
 def _setting_faults(where, config):
     """Settings that have another place, or none."""
-    for key in PLANNED_SETTINGS:
+    for key, right in SETTINGS_REFUSED.items():
         if key in config:
-            yield _fault(f"{where}:{key}", config[key], "leave it out, the formula sets it")
+            yield _fault(f"{where}:{key}", config[key], right)
     for key, path in SETTINGS_ELSEWHERE.items():
         for name in (key, f"{key}_path"):
             if name in config:
                 secret = path.startswith(("synapse:secrets", "synapse:signing_key"))
                 yield _fault(f"{where}:{name}", config[name], f"it belongs into {path}", secret)
+
+
+def _redis_faults(entries, config):
+    """Without Redis, workers would hear of nothing."""
+    if not any(entry.get("count", 1) for _, entry in entries):
+        return
+    given = [("synapse:config", config)] + [(f"{where}:config", entry.get("config", {})) for where, entry in entries]
+    for where, redis in [(where, own["redis"]) for where, own in given if "redis" in own]:
+        if not isinstance(redis, dict):
+            yield _fault(f"{where}:redis", redis, "it must be a mapping")
+        elif not redis.get("enabled", True):
+            yield _fault(f"{where}:redis:enabled", redis["enabled"], "it must be true, since there are workers")
 
 
 def _crowd_faults(entries, workers):
@@ -646,6 +669,20 @@ def _ghost_faults(planned, config, workers):
         for name in [value] if isinstance(value, str) else value:
             if name not in borne:
                 yield _fault(f"synapse:config:{key}", name, f"no process bears this name: {_did_you_mean(name, borne)}")
+
+
+def _other_writers_faults(planned, config):
+    """Writers of ours that are not those of the plan: nginx would send requests to who can't answer them."""
+    ours = {MAIN_IN_STREAM_WRITERS, *(process["name"] for process in planned["processes"])}
+    for stream, value in _writers(config).items():
+        planned_writers = planned["shared"]["stream_writers"].get(stream, [MAIN_IN_STREAM_WRITERS])
+        named = ours.intersection([value] if isinstance(value, str) else value)
+        if named and named != set(planned_writers):
+            right = (
+                f"this stream is written by {' and '.join(planned_writers)}: leave it out,"
+                " and add or remove an entry of the type stream-writer instead"
+            )
+            yield _fault(f"synapse:config:stream_writers:{stream}", value, right)
 
 
 def former_fault(pillar):

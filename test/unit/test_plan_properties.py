@@ -50,7 +50,7 @@ PILLAR = {
     "process": {"running": True, "stop_grace": 30, "memory": "1G", "arguments": []},
     "config": {
         "instance_map": {"far": {"host": "b", "port": 1}},
-        "stream_writers": {"events": ["far", "master"]},
+        "stream_writers": {"events": ["far"]},
         "pusher_instances": ["far"],
         "run_background_tasks_on": "far",
         "outbound_federation_restricted_to": ["far"],

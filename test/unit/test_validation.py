@@ -250,6 +250,16 @@ WORKERS = {
         "it belongs into synapse:config",
         at="workers:list:0:config:stream_writers",
     ),
+    "a worker as a daemon": row(
+        workers({**GENERIC, "config": {"worker_daemonize": True}}),
+        "leave it out",
+        at="workers:list:0:config:worker_daemonize",
+    ),
+    "a worker without Redis": row(
+        workers({**GENERIC, "config": {"redis": {"enabled": False}}}),
+        "since there are workers",
+        at="workers:list:0:config:redis:enabled",
+    ),
     "a secret in a worker's config": row(
         workers({**GENERIC, "config": {"worker_replication_secret": SECRET}}),
         "synapse:secrets:replication",
@@ -265,6 +275,17 @@ CONFIG = {
     "a secret with a place of its own": row({"config:macaroon_secret_key": SECRET}, "synapse:secrets:macaroon"),
     "a secret's file": row({"config:form_secret_path": "/etc/hush"}, "synapse:secrets:form"),
     "a signing key": row({"config:signing_key": SIGNING_KEY}, "synapse:signing_key:current"),
+    "an upload size for Synapse alone": row({"config:max_upload_size": "100M"}, "belongs into synapse:max_upload_size"),
+    "a URL for Synapse alone": row({"config:public_baseurl": "https://a.b/"}, "belongs into synapse:public_base_url"),
+    "a media store elsewhere": row({"config:media_store_path": "/srv/media"}, "synapse:directories:data"),
+    "a daemon": row({"config:daemonize": True}, "leave it out"),
+    "workers as daemons": row({"config:worker_daemonize": True}, "leave it out"),
+    "workers without Redis": row(
+        {"workers:list": [GENERIC], "config:redis": {"enabled": False}},
+        "since there are workers",
+        at="config:redis:enabled",
+    ),
+    "workers with a Redis of nothing": row({"workers:list": [GENERIC], "config:redis": None}, "a mapping"),
     "a ghost that pushes": row(
         {"workers:list": [PUSHER], "config:pusher_instances": ["matrix-synapse-worker-0-pusher", NO_SUCH_WORKER]},
         NO_SUCH_WORKER,
@@ -291,6 +312,29 @@ CONFIG = {
     "two writers in the operator's own words": row(
         {"workers:list": [GENERIC], "config:stream_writers:typing": ["master", "matrix-synapse-worker-0-generic"]},
         "Synapse allows one writer",
+    ),
+    "main in place of a writer": row(
+        {"workers:list": [TYPING], "config:stream_writers:typing": "master"},
+        "by matrix-synapse-worker-0-stream-writer-typing: leave",
+    ),
+    "the writer of another stream": row(
+        {
+            "workers:list": [TYPING, EVENTS],
+            "config:stream_writers:typing": "matrix-synapse-worker-1-stream-writer-events",
+        },
+        "by matrix-synapse-worker-0-stream-writer-typing: leave",
+        "add or remove an entry",
+    ),
+    "a writer that is none in the plan": row(
+        {"workers:list": [GENERIC], "config:stream_writers:events": ["matrix-synapse-worker-0-generic"]},
+        "written by master",
+    ),
+    "one writer of two": row(
+        {
+            "workers:list": [{**EVENTS, "count": 2}],
+            "config:stream_writers:events": ["matrix-synapse-worker-1-stream-writer-events"],
+        },
+        "matrix-synapse-worker-0-stream-writer-events and matrix-synapse-worker-1-stream-writer-events: leave it out",
     ),
     "a writer by number": row({"config:stream_writers:typing": [{}]}, "the name of a process"),
     "writers in a list": row({"config:stream_writers": ["events"]}, "a mapping"),
@@ -642,12 +686,22 @@ GOOD = {
     "an external database by its socket": {"postgres:managed": False, "postgres:host": "/run/postgresql-17"},
     "an external Redis": {"redis:managed": False, "redis:host": "::1"},
     "main by its name": {"config": {"stream_writers": {"typing": "master"}, "run_background_tasks_on": "master"}},
+    "writers as the plan has them": {
+        "workers:list": [TYPING, EVENTS],
+        "config:stream_writers": {
+            "typing": ["matrix-synapse-worker-0-stream-writer-typing"],
+            "events": ["matrix-synapse-worker-1-stream-writer-events", "far"],
+        },
+        "config:instance_map": {"far": {"host": "b", "port": 1}},
+    },
     "a proxy": {
         "workers:list": [GENERIC],
         "config:outbound_federation_restricted_to": ["matrix-synapse-worker-0-generic"],
     },
     "a worker elsewhere": {"config": {"instance_map": {"far": {"host": "b", "port": 1}}, "pusher_instances": ["far"]}},
     "no proxies": {"config:outbound_federation_restricted_to": None},
+    "no Redis for main alone": {"workers:list": [{**GENERIC, "count": 0}], "config:redis": {"enabled": False}},
+    "a tuned Redis": {"workers:list": [GENERIC], "config:redis": {"dbid": 1}},
     "null and numbers": {"config": {"presence": None, "rc_message": {"per_second": 0.2, "burst_count": 10}}},
     "a signing key in a block": {"signing_key:current": SIGNING_KEY + "\n"},
     "a signing key replaced": {
