@@ -403,19 +403,19 @@ def test_an_entrys_config_goes_over_that_of_its_type(minion):
 
 def test_limits_log_level_and_arguments_are_the_entrys_else_the_processes(minion):
     settings = {
-        "process": {"memory": "1G", "cpus": 2, "log_level": "WARNING", "arguments": ["--init"]},
+        "process": {"memory": "1G", "cpus": 2, "log_level": "WARNING", "arguments": ["--ipc=private"]},
         "main": {"memory": "4G", "cpus": None},
         "workers:list": [
             GENERIC,
-            {**GENERIC, "memory": None, "cpus": 0.5, "log_level": "DEBUG", "arguments": ["--tty"]},
+            {**GENERIC, "memory": None, "cpus": 0.5, "log_level": "DEBUG", "arguments": ["--ipc=none"]},
         ],
     }
     options = ("memory", "cpus", "log_level", "arguments")
     processes = minion.plan(settings)["processes"]
     assert [[process[key] for key in options] for process in processes] == [
-        ["4G", 2, "WARNING", ["--init"]],
-        ["1G", 2, "WARNING", ["--init"]],
-        [None, 0.5, "DEBUG", ["--tty"]],
+        ["4G", 2, "WARNING", ["--ipc=private"]],
+        ["1G", 2, "WARNING", ["--ipc=private"]],
+        [None, 0.5, "DEBUG", ["--ipc=none"]],
     ]
     assert [process["log_config"].rsplit("/")[-1] for process in processes] == [
         "log-warning.yaml",

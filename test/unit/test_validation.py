@@ -167,8 +167,34 @@ PROCESSES = {
         {"main:arguments": ["--name=mine"]}, "none that the formula sets", at="main:arguments:0"
     ),
     "an argument that sets the identity": row(
-        {"main:arguments": ["--init", "--user=0"]}, "none that the formula sets", at="main:arguments:1"
+        {"main:arguments": ["--ipc=private", "--user=0"]}, "none that the formula sets", at="main:arguments:1"
     ),
+    "a value in the same string, but not after =": row(
+        {"main:arguments": ["--ulimit nofile=65536"]}, "such as --ulimit=nofile=65536", at="main:arguments:0"
+    ),
+    **{
+        f"an argument that undoes the formula, {argument}": row(
+            {"main:arguments": [argument]}, "none that the formula sets", at="main:arguments:0"
+        )
+        for argument in (
+            "--user 0",
+            "-u0",
+            "-iu0",
+            "--init=false",
+            "--read-only=false",
+            "--network=host",
+            "--net=host",
+            "--cidfile=/tmp/id",
+            "-d",
+            "-it",
+            "--tty",
+            "--label=org.matrix.synapse.process.inputs=0",
+            "-lorg.matrix.synapse.process=me",
+            "--env=NOTIFY_SOCKET=/nowhere",
+            "--env=PGAPPNAME",
+            "-ePYTHONPYCACHEPREFIX=/nowhere",
+        )
+    },
     "an argument of two lines": row(
         {"main:arguments": ["--env=A=b\nExecStartPre=/bin/true"]}, "in one string", at="main:arguments:0"
     ),
@@ -678,6 +704,19 @@ GOOD = {
         "main": {"memory": "2G", "cpus": 1.5},
         "process:memory": "512M",
         "workers:list": [{**GENERIC, "memory": None}],
+    },
+    "arguments of all kinds": {
+        "process:arguments": [
+            "--volume=/srv/turn:/srv/turn:ro",
+            "-v/srv/a b:/srv/b",
+            "--network-alias=synapse",
+            "--ulimit=nofile=65536",
+            "--label=org.example.backup=no",
+            "--env=LANG=C.UTF-8",
+            "--env=PGAPPNAMES=a=b",
+            "-m1g",
+            "--privileged",
+        ]
     },
     "none of them": workers({**GENERIC, "count": 0}, {**TYPING, "count": 0}, TYPING),
     "both kinds of IP": {"nginx:client:listen": ["8008", "[::]:8008"], "nginx:federation:listen": [8448, "[::]:8448"]},
