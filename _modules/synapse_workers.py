@@ -37,6 +37,9 @@ ENTRY_OPTIONS = ("config", "log_level", "memory", "cpus", "arguments")
 # What the plan itself writes; anybody else's value would cut a process off from nginx, its health check or its unit.
 PLANNED_SETTINGS = ("worker_app", "worker_name", "worker_listeners", "worker_log_config", "listeners", "log_config")
 
+# What a job gets in the place of any other setting.
+NOT_SHOWN = "(not shown)"
+
 # What has a place of its own in the pillar. Of a secret the formula gives the path, and Synapse refuses the secret beside it.
 SETTINGS_ELSEWHERE = {
     "macaroon_secret_key": "synapse:secrets:macaroon",
@@ -59,9 +62,10 @@ SETTINGS_REFUSED = {
 }
 
 
-def plan():
+def plan(**kwargs):
     """
-    Return the whole plan of the pillar: see :func:`build`.
+    Return the whole plan of the pillar: see :func:`build`. A job of its own gets no value of a worker's own settings, which
+    may be secrets.
 
     Raises CommandExecutionError that lists every fault of the pillar.
 
@@ -81,7 +85,17 @@ def plan():
         data = __salt__["synapse_pillar.knowledge"]()
         planned = build(settings, data["workers"], data["routes"], roster(settings))
         known = __context__["synapse_workers.plan"] = (inputs, planned)
-    return known[1]
+    return _without_secrets(known[1]) if __salt__["synapse_pillar.is_job"](kwargs) else known[1]
+
+
+def _without_secrets(planned):
+    def shown(config):
+        return {key: value if key in PLANNED_SETTINGS else NOT_SHOWN for key, value in config.items()}
+
+    return {
+        **planned,
+        "processes": [{**process, "config": shown(process["config"])} for process in planned["processes"]],
+    }
 
 
 def _refuse(found):
@@ -304,15 +318,16 @@ def _number(wanted, known):
 
 def _main(settings, workers):
     own = {key: value for key, value in settings["main"].items() if value is not None}
+    main, config = workers["main"], settings["config"]
     return {
         **_blank(settings),
         **own,
         "name": MAIN,
         "type": "main",
         "index": None,
-        "about": workers["main"]["about"],
-        "app": workers["main"]["app"],
-        "serves": workers["main"]["serves"],
+        "about": main["about"],
+        "app": main["app"],
+        "serves": main["serves"] + [resource for key, resource in main["serves_with"].items() if config.get(key)],
         "config_files": [f"{settings['directories']['config']}/homeserver.yaml"],
         "own_config": {},
     }

@@ -264,6 +264,20 @@ def test_without_workers_main_does_all(minion):
     }
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ["client", "federation", "media"]),
+        ({"user_consent": None}, ["client", "federation", "media"]),
+        ({"user_consent": {"version": "1.0"}}, ["client", "federation", "media", "consent"]),
+    ],
+)
+def test_main_asks_for_consent_where_the_operator_does(minion, config, expected):
+    main = minion.plan({"config": config})["processes"][0]
+    (resources,) = main["config"]["listeners"][1]["resources"]
+    assert resources == {"names": expected}
+
+
 STREAMS = [
     "events",
     "typing",

@@ -907,6 +907,45 @@ def test_settings_show_no_secret_to_who_asks_by_a_job(minion):
     assert shown["nginx"] == settings()["nginx"]
 
 
+def test_no_job_shows_a_workers_settings_or_a_token(minion):
+    registration = {**REGISTRATION, "as_token": SECRET, "com.example.password": HUSH}
+    pillar = minion.good_pillar(
+        {
+            "workers:list": [{**GENERIC, "config": {"email": {"smtp_pass": HUSH}}}],
+            "appservices:bridge:registration": registration,
+            "appservices:other:registration": {**REGISTRATION, "sender_localpart": "other"},
+        }
+    )
+    minion.run(pillar)
+    minion.synapse_appservice.ensure_tokens()
+    made = minion.synapse_appservice.tokens("other")["as_token"]
+    workers, appservice = minion.synapse_workers, minion.synapse_appservice
+    for function, *args in (
+        (workers.plan,),
+        (appservice.registrations,),
+        (appservice.registration, "bridge"),
+        (appservice.registration, "other"),
+        (appservice.tokens, "bridge"),
+        (appservice.tokens, "other"),
+    ):
+        assert re.search(f"{HUSH}|{made}", json.dumps(function(*args)))
+        assert not re.search(f"{HUSH}|{made}", json.dumps(as_job(function, *args)))
+    worker, shown = workers.plan()["processes"][1], as_job(workers.plan)["processes"][1]
+    assert shown["config"] == {**worker["config"], "email": "(not shown)"}
+    assert shown | {"config": None} == worker | {"config": None}
+    assert as_job(appservice.registration, "bridge") == {
+        "id": "bridge",
+        **registration,
+        "as_token": "(not shown)",
+        "hs_token": "(not shown)",
+        "com.example.password": "(not shown)",
+    }
+    minion.run(minion.good_pillar())
+    appservice.store("stored", registration)
+    assert appservice.entry("stored")["registration"] == registration
+    assert HUSH not in json.dumps(as_job(appservice.entry, "stored"))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
