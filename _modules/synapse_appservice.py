@@ -153,7 +153,7 @@ def homeserver(appservice=None):
 
     ``url``
         The address of the client API: ``host`` for a program on the host, ``container`` for one in a
-        container. Without the formula's nginx both are ``synapse:public_base_url``.
+        container. Without the formula's nginx both are the URL that clients use.
 
     ``host_address``
         The address of the host as the homeserver sees it, for the ``url`` of an appservice that runs on the
@@ -193,9 +193,10 @@ def homeserver(appservice=None):
     """
     settings = _settings()
     url = {key: f"http://{address}" for key, address in _addresses(settings).items()}
+    public = __salt__["synapse_pillar.public_base_url"](settings)
     about = {
         "server_name": settings["server_name"],
-        "url": url or {"host": settings["public_base_url"], "container": settings["public_base_url"]},
+        "url": url or {"host": public, "container": public},
         "host_address": _gateway(settings),
         "unit": MAIN_UNIT,
         "after": [f"{process['name']}.service" for process in _processes(settings)],

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets as random_secrets
 import shutil
 import stat
@@ -68,16 +69,26 @@ def _texts():
 
 def _files(settings, plan, registrations):
     directory = settings["directories"]["config"]
-    wanted = {f"{directory}/homeserver.yaml": homeserver(settings, plan, registrations)}
+    shared = homeserver(settings, plan, registrations)
+    wanted = {f"{directory}/homeserver.yaml": shared}
     for process in plan["processes"]:
         wanted[process["log_config"]] = _log(settings, process["log_level"])
         if process["type"] != "main":
-            wanted[process["config_files"][-1]] = process["config"]
+            wanted[process["config_files"][-1]] = _whole_sections(shared, process["config"])
     wanted.update({registration["path"]: registration["registration"] for registration in registrations})
     texts = {path: HEADER + _yaml(data) for path, data in wanted.items()}
     # Among the data: names outlive `synapse.clean`, as the database does.
     texts[f"{settings['directories']['data']}/roster.json"] = json.dumps(plan["roster"], indent=1) + "\n"
     return texts
+
+
+def _whole_sections(shared, own):
+    """
+    A worker's own settings. Synapse takes each section from the last file that has it, so what the others say in it stands
+    here as well.
+    """
+    sections = {key: shared[key] for key, value in own.items() if isinstance(value, dict) and key in shared}
+    return __salt__["synapse_pillar.merge"](sections, own)
 
 
 def _read_by_each(processes):
@@ -107,7 +118,7 @@ def homeserver(settings, plan, registrations):
     main = plan["processes"][0]
     config = {
         "server_name": settings["server_name"],
-        "public_baseurl": settings["public_base_url"] or f"https://{settings['server_name']}/",
+        "public_baseurl": __salt__["synapse_pillar.public_base_url"](settings),
         "report_stats": False,
         "suppress_key_server_warning": True,
         "enable_metrics": settings["metrics"],
@@ -308,8 +319,7 @@ def write(image):
         other = {path for path in changed if _read(path) != texts[path]}
         _check(candidate, set(texts) if accepted_by in other else other, image, settings)
         for path in changed:
-            _put(path + ".new", texts[path], gid)
-            os.replace(path + ".new", path)
+            _replace(path, texts[path], gid)
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
     return changed
@@ -319,6 +329,23 @@ def _make_directory(path, gid):
     if not os.path.isdir(path):
         os.mkdir(path, 0o750)
         os.chown(path, OWNER, gid)
+
+
+def _replace(path, text, gid):
+    """Replace a file as a whole: after a power failure as well, it is the one before or this one."""
+    new = f"{path}.new"
+    _put(new, text, gid)
+    _sync(new)
+    os.replace(new, path)
+    _sync(os.path.dirname(path))
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _put(path, text, gid):
@@ -383,9 +410,8 @@ def pending_secrets():
     _, gid = identity()
     pending = []
     for name in (*SECRETS, SIGNING_KEY):
-        path = _secret_path(settings, name)
-        there = _read(path)
-        if there is None or given.get(name, there) != there or not _is_ours(path, gid):
+        there = _kept_secret(settings, name)
+        if there is None or given.get(name, there) != there or not _is_ours(_secret_path(settings, name), gid):
             pending.append(name)
     return pending
 
@@ -407,16 +433,20 @@ def write_secrets():
     _, gid = identity()
     pending = pending_secrets()
     for name in pending:
-        path = _secret_path(settings, name)
-        there = _read(path)
+        path, there = _secret_path(settings, name), _kept_secret(settings, name)
         text = given.get(name, there)
         if text is None:
             text = _new_signing_key() if name == SIGNING_KEY else random_secrets.token_urlsafe(48)
-        if name == SIGNING_KEY and there not in (None, text):
-            _put(f"{path}.{_key_id(there).replace(':', '_')}", there, gid)
-        _put(path + ".new", text, gid)
-        os.replace(path + ".new", path)
+        if name == SIGNING_KEY and (there or "").split() not in ([], text.split()):
+            _replace(f"{path}.{_key_id(there).replace(':', '_')}", there, gid)
+        _replace(path, text, gid)
     return pending
+
+
+def _kept_secret(settings, name):
+    """What a secret's file holds, None if it is to be made. Not a signing key that is empty: that is a homeserver's, and lost."""
+    text = _read(_secret_path(settings, name))
+    return text if text or name == SIGNING_KEY else None
 
 
 def faults():
@@ -429,7 +459,8 @@ def faults():
 
         salt-call synapse_config.faults
     """
-    return _identity_faults() + signing_key_faults()
+    settings = __salt__["synapse_pillar.settings"]()
+    return _identity_faults() + _move_faults(settings) + _network_faults(settings) + signing_key_faults()
 
 
 def _identity_faults():
@@ -447,9 +478,52 @@ def _identity_faults():
     return found
 
 
+def _move_faults(settings):
+    """Elsewhere, a homeserver would be made anew: with another signing key, without names and media."""
+    written = _read(f"{settings['directories']['config']}/homeserver.yaml") or ""
+    former = re.search(r"^signing_key_path: (.+)/secrets/[^/]+$", written, re.MULTILINE)
+    data = settings["directories"]["data"]
+    if not former or former[1] == data:
+        return []
+    key = _read(_secret_path({"directories": {"data": former[1]}}, SIGNING_KEY))
+    if key in (None, _read(_secret_path(settings, SIGNING_KEY))):
+        return []
+    right = f"this homeserver's data are in {former[1]}; stop Synapse and move them by hand first"
+    return [__salt__["synapse_pillar.fault"]("synapse:directories:data", data, right)]
+
+
+def _network_faults(settings):
+    # Docker can't change it.
+    network = settings["docker"]["network"]
+    there = _subnets(network["name"])
+    if not there or network["subnet"] in there:
+        return []
+    right = (
+        f"the network {network['name']} has {' and '.join(there)}; give another name as well, or stop Synapse and all else in"
+        " it, and remove its containers and the network, by hand first"
+    )
+    return [__salt__["synapse_pillar.fault"]("synapse:docker:network:subnet", network["subnet"], right)]
+
+
+def _subnets(network):
+    """The subnets of a Docker network, asked for once a run; none while there is no such network, or no engine."""
+    known = __context__.setdefault("synapse_config.subnets", {})
+    if network not in known:
+        template = "{{range .IPAM.Config}}{{println .Subnet}}{{end}}"
+        command = ["docker", "network", "inspect", "--format", template, network]
+        try:
+            known[network] = __salt__["cmd.run_stdout"](
+                command, python_shell=False, ignore_retcode=True, output_loglevel="quiet"
+            ).split()
+        except CommandExecutionError:
+            known[network] = []
+    return known[network]
+
+
 def signing_key_faults():
     """
-    Return the fault of a pillar that would replace the signing key without keeping the old one's public half.
+    Return the fault of a pillar that would replace the signing key without keeping the old one's public half, or that does not
+    give it while its file is empty.
 
     CLI Example:
 
@@ -458,7 +532,13 @@ def signing_key_faults():
         salt-call synapse_config.signing_key_faults
     """
     settings = __salt__["synapse_pillar.settings"]()
-    current, there = settings["signing_key"]["current"], _read(_secret_path(settings, SIGNING_KEY))
+    path = _secret_path(settings, SIGNING_KEY)
+    current, there = settings["signing_key"]["current"], _read(path)
+    if there is not None and not there.strip():
+        lost = (
+            f"synapse:signing_key:current: is missing: {path} is empty; put the key back, here or there, from a backup"
+        )
+        return [] if current else [lost]
     if current is None or there is None or current.split() == there.split():
         return []
     if _key_id(there) in settings["signing_key"]["old"]:

@@ -525,10 +525,14 @@ def test_bridges_get_an_address_without_tls(minion, nginx, host, container):
     assert minion.synapse_appservice.listen() == container
 
 
-def test_without_nginx_bridges_use_the_public_url(minion):
-    minion.pillar.update(nginx={"managed": False}, public_base_url="https://matrix.example.org")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({"public_base_url": "https://matrix.example.org"}, "https://matrix.example.org"), ({}, "https://example.org/")],
+)
+def test_without_nginx_bridges_use_the_public_url(minion, given, expected):
+    minion.pillar.update(nginx={"managed": False}, **given)
     about = minion.synapse_appservice.homeserver()
-    assert set(about["url"].values()) == {"https://matrix.example.org"}
+    assert set(about["url"].values()) == {expected}
     assert about["after"] == ["matrix-synapse.service"]
     assert minion.synapse_appservice.listen() is None
 
