@@ -37,6 +37,12 @@ OWNER, MODE = 0, 0o640
 POSTGRES_SOCKETS = "/run/postgresql"
 REDIS_SOCKETS = "/run/redis-synapse"
 
+# Stands beside the files until Synapse has accepted them.
+CANDIDATE = ".candidate-"
+
+# The options of `docker create` that decide what a process can read. Some others need a network.
+READING_OPTIONS = ("--mount=", "--volume", "-v", "--tmpfs=", "--env", "-e", "--group-add=")
+
 CHECK_SCRIPT = "salt://synapse/config/files/check.py"
 HEADER = "# Written by synapse-formula from the pillar: a change made here is lost at the next state.apply.\n"
 
@@ -266,7 +272,7 @@ def _leftovers(settings):
     """The paths of what a run that was killed while it wrote has left: it may hold a password."""
     config, data = (pathlib.Path(settings["directories"][name]) for name in ("config", "data"))
     patterns = {
-        config: (".candidate-*", "*.new", "workers/*.new", "appservices/*.new"),
+        config: (f"{CANDIDATE}*", "*.new", "workers/*.new", "appservices/*.new"),
         data: ("secrets/*.new", "roster.json.new"),
     }
     return [str(path) for directory in patterns for pattern in patterns[directory] for path in directory.glob(pattern)]
@@ -309,15 +315,18 @@ def write(image):
     texts = {**files(), accepted_by: image}
     directory = settings["directories"]["config"]
     _, gid = identity()
-    candidate = tempfile.mkdtemp(prefix=".candidate-", dir=directory)
+    candidate = tempfile.mkdtemp(prefix=CANDIDATE, dir=directory)
     try:
         os.chmod(candidate, 0o750)
         os.chown(candidate, OWNER, gid)
-        for path, text in files().items():
-            if path.startswith(directory + "/"):
-                _put(os.path.join(candidate, os.path.relpath(path, directory)), text, gid)
+        own = {
+            os.path.relpath(path, directory): text for path, text in files().items() if path.startswith(directory + "/")
+        }
+        _copy_operators_files(directory, candidate, {path.split("/")[0] for path in own})
+        for path, text in own.items():
+            _put(os.path.join(candidate, path), text, gid)
         other = {path for path in changed if _read(path) != texts[path]}
-        _check(candidate, set(texts) if accepted_by in other else other, image, settings)
+        _check(candidate, set(texts) if accepted_by in other else other, image)
         for path in changed:
             _replace(path, texts[path], gid)
     finally:
@@ -357,40 +366,42 @@ def _put(path, text, gid):
     os.chmod(path, MODE)
 
 
-def _check(candidate, changed, image, settings):
-    """Have Synapse parse the configuration of each process that reads a changed file."""
-    directories = settings["directories"]
-    processes = __salt__["synapse_workers.plan"]()["processes"]
-    read = _read_by_each(processes)
-    readers = {
-        process["name"]: process["config_files"] for process in processes if changed.intersection(read[process["name"]])
-    }
-    if not readers:
-        return
-    uid, gid = identity()
-    command = [
-        "docker",
-        "run",
-        "--rm",
-        "--interactive",
-        "--init",
-        "--read-only",
-        "--network",
-        "none",
-        "--pull",
-        "never",
+def _copy_operators_files(directory, candidate, own):
+    """What else stands in the directory of the configuration, Synapse may read while it parses: as it is."""
+    others = [
+        os.path.join(directory, name)
+        for name in os.listdir(directory)
+        if name not in own and not name.startswith(CANDIDATE)
     ]
-    command += ["--user", f"{uid}:{gid}", "--cap-drop", "ALL", "--tmpfs", "/tmp", "--env", "PYTHONDONTWRITEBYTECODE=1"]
-    for source, target in (
-        (candidate, directories["config"]),
-        (f"{directories['data']}/secrets", f"{directories['data']}/secrets"),
-        (f"{directories['data']}/media", f"{directories['data']}/media"),
-    ):
-        command += ["--mount", f"type=bind,source={source},target={target},readonly"]
-    command += ["--entrypoint", "python3", image, "-c", __salt__["cp.get_file_str"](CHECK_SCRIPT)]
-    done = __salt__["cmd.run_all"](command, stdin=json.dumps(readers), python_shell=False, output_loglevel="debug")
-    if done["retcode"] != 0:
-        said = (done["stdout"] or done["stderr"]).strip().splitlines()[-20:]
+    if others:
+        command = ["cp", "--archive", f"--target-directory={candidate}", "--", *others]
+        done = __salt__["cmd.run_all"](command, python_shell=False, output_loglevel="debug")
+        if done["retcode"] != 0:
+            raise CommandExecutionError(done["stderr"])
+
+
+def _check(candidate, changed, image):
+    """
+    Have Synapse parse the configuration of each process that reads a changed file, in a container that shows it what the
+    process's own does; one for all that are shown the same.
+    """
+    processes = __salt__["synapse_workers.plan"]()["processes"]
+    common = [word for appservice in __salt__["synapse_appservice.registrations"]() for word in appservice["arguments"]]
+    read, readers = _read_by_each(processes), {}
+    for process in processes:
+        if changed.intersection(read[process["name"]]):
+            words = [*common, *process["arguments"]]
+            shown = tuple(dict.fromkeys(word for word in words if word.startswith(READING_OPTIONS)))
+            readers.setdefault(shown, {})[process["name"]] = process["config_files"]
+    base, script = __salt__["synapse_process.base_arguments"](candidate), __salt__["cp.get_file_str"](CHECK_SCRIPT)
+    said = []
+    for shown, files_of in readers.items():
+        command = ["docker", "run", "--rm", "--interactive", "--network=none", *base, *shown]
+        command += ["--entrypoint=python3", image, "-c", script]
+        done = __salt__["cmd.run_all"](command, stdin=json.dumps(files_of), python_shell=False, output_loglevel="debug")
+        if done["retcode"] != 0:
+            said += (done["stdout"] or done["stderr"]).strip().splitlines()[-20:]
+    if said:
         raise CommandExecutionError("Synapse does not accept the configuration:\n" + "\n".join(said))
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 
 import pytest
 import salt.minion
@@ -378,7 +379,9 @@ def parser(minion):
     (minion.directory / "config").mkdir()
     asked = []
 
-    def run_all(command, stdin, **kwargs):
+    def run_all(command, stdin=None, **kwargs):
+        if command[0] == "cp":
+            return {"retcode": subprocess.run(command).returncode}
         (mount,) = (word for word in command if f"target={minion.directory}/config," in word)
         candidate = re.search(r"source=([^,]+)", mount)[1]
         files = [os.path.join(path, name) for path, _, names in os.walk(candidate) for name in names]
@@ -406,7 +409,7 @@ def test_files_are_written_once_synapse_accepts_them(minion, config, parser):
     (asked,) = parser.asked
     assert list(asked["readers"]) == ["matrix-synapse", "matrix-synapse-worker-0-generic"]
     assert "homeserver.yaml" in asked["files"]
-    assert "--network none --pull never" in " ".join(asked["command"])
+    assert {"--network=none", "--pull=never", "--read-only", "--cap-drop=ALL"} <= set(asked["command"])
     for path in config.files():
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
     assert not list((minion.directory / "config").glob(".candidate-*"))
@@ -418,6 +421,40 @@ def test_only_who_reads_a_changed_file_is_asked(minion, config, parser):
     minion.run(minion.good_pillar({"workers:list": [GENERIC, {**PUSHER, "config": {"a": 1}}, TYPING]}))
     config.write("image")
     assert list(parser.asked[-1]["readers"]) == ["matrix-synapse-worker-1-pusher"]
+
+
+def test_synapse_is_shown_the_operators_own_files(minion, config, parser):
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    minion.write("config/turn", SECRET)
+    minion.write("config/templates/a/notice.html", "<p>")
+    minion.write("config/.candidate-x/homeserver.yaml", "left")
+    config.write("image")
+    (asked,) = parser.asked
+    assert {"turn", "templates/a/notice.html", "homeserver.yaml"} <= set(asked["files"])
+    assert not [path for path in asked["files"] if "candidate" in path]
+    assert (minion.directory / "config/turn").read_text() == SECRET
+
+
+def test_synapse_is_shown_what_each_process_is_shown_and_no_other_argument(minion, config, parser):
+    settings = {
+        "process:arguments": ["--volume=/srv/all:/srv/all:ro", "--ip=172.29.88.9"],
+        "workers:list": [GENERIC, {**PUSHER, "arguments": ["-v/srv/one:/srv/one:ro", "--env=A=b"]}],
+        "appservices:bridge": {"registration": REGISTRATION, "arguments": ["--group-add=5", "--add-host=a:10.0.0.1"]},
+    }
+    minion.salt["synapse_image.wanted"] = lambda image: {**IMAGE, "pycache": "bytecode"}
+    minion.run(minion.good_pillar(settings))
+    config.write("image")
+    base = minion.synapse_process.base_arguments("CANDIDATE")
+    assert "--mount=type=volume,source=bytecode,target=/var/cache/python,readonly" in base
+    added = []
+    for asked in parser.asked:
+        words = asked["command"][5 : asked["command"].index("--entrypoint=python3")]
+        assert len(words[: len(base)]) == len(base)
+        added.append((list(asked["readers"]), words[len(base) :]))
+    assert added == [
+        (PROCESSES[:2], ["--group-add=5", "--volume=/srv/all:/srv/all:ro"]),
+        (PROCESSES[2:3], ["--group-add=5", "-v/srv/one:/srv/one:ro", "--env=A=b"]),
+    ]
 
 
 def test_what_synapse_does_not_accept_changes_nothing(minion, config, parser):
