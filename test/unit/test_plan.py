@@ -509,6 +509,23 @@ def test_the_plan_is_a_pure_function(minion):
     assert arguments == before
 
 
+@pytest.mark.parametrize(
+    ("allowed", "given", "expected"),
+    [(None, {}, 100), (50, {}, 100), (500, {}, 500), (500, {"max_connections": 200}, 200)],
+)
+def test_connections_that_a_cluster_allows_stay(minion, monkeypatch, allowed, given, expected):
+    minion.run(minion.good_pillar({"postgres": {"version": 15, "options": {**given, "work_mem": "5MB"}}}))
+    monkeypatch.setattr(minion.synapse_postgres, "CLUSTERS", minion.directory)
+
+    def server_is_down(command, **kwargs):
+        return {"retcode": 2, "stdout": ""} if "psql" in command else {"retcode": 0, "stdout": f"{allowed}\n"}
+
+    minion.salt["cmd.run_all"] = server_is_down
+    if allowed:
+        (minion.directory / "15/main").mkdir(parents=True)
+    assert minion.synapse_postgres.options() == {"max_connections": expected, "work_mem": "5MB"}
+
+
 def test_the_plan_is_plain_data(minion):
     planned = minion.plan({"workers:preset": "one-of-each"})
     assert json.loads(json.dumps(planned)) == planned
