@@ -84,7 +84,7 @@ def well_known(settings):
 
         salt-call synapse_nginx.well_known '{"server_name": "example.org", "public_base_url": null, "nginx": ...}'
     """
-    url = (settings["public_base_url"] or f"https://{settings['server_name']}").rstrip("/")
+    url = __salt__["synapse_pillar.public_base_url"](settings).rstrip("/")
     host = url.split("://", 1)[1].split("/", 1)[0]
     answers = {
         "client": {"m.homeserver": {"base_url": url}},

@@ -130,6 +130,16 @@ def merge(base, over):
     return merged
 
 
+def public_base_url(settings):
+    """
+    Return the URL that clients use.
+
+    settings
+        The pillar merged over the defaults.
+    """
+    return settings["public_base_url"] or f"https://{settings['server_name']}/"
+
+
 def fault(path, value, right, secret=False):
     """
     Return the one sentence that says what is wrong: the pillar path, the value, and what would be right.

@@ -61,13 +61,40 @@ def units():
 
 def common_arguments():
     """
-    Return the arguments that `docker create` is given for whatever runs Synapse's image: identity, confinement, mounts.
+    Return the arguments that `docker create` is given for whatever runs Synapse's image: those of :func:`base_arguments`,
+    the network, the sockets.
 
     CLI Example:
 
     .. code-block:: bash
 
         salt-call synapse_process.common_arguments
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    directories = settings["directories"]
+    return [
+        *base_arguments(directories["config"]),
+        f"--network={settings['docker']['network']['name']}",
+        f"--health-interval={settings['process']['health_interval']}s",
+        "--health-timeout=10s",
+        _mount(directories["run"]),
+        *[_mount(path, "readonly") for path in __salt__["synapse_config.sockets_to_mount"]()],
+    ]
+
+
+def base_arguments(config):
+    """
+    Return the arguments by which Synapse's image can do as much as it needs to read its configuration: identity,
+    confinement, files.
+
+    config
+        The directory that stands where the processes see ``synapse:directories:config``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.base_arguments /etc/matrix-synapse
     """
     settings = __salt__["synapse_pillar.settings"]()
     image = __salt__["synapse_image.wanted"](settings["image"])
@@ -82,17 +109,12 @@ def common_arguments():
         "--tmpfs=/tmp:rw,nosuid,nodev,mode=1777",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
-        f"--network={settings['docker']['network']['name']}",
         # The journal has it, by `docker start --attach`.
         "--log-driver=none",
-        f"--health-interval={settings['process']['health_interval']}s",
-        "--health-timeout=10s",
-        _mount(directories["config"], "readonly"),
+        f"--mount=type=bind,source={config},target={directories['config']},readonly",
         _mount(f"{directories['data']}/secrets", "readonly"),
         _mount(f"{directories['data']}/media"),
-        _mount(directories["run"]),
     ]
-    arguments += [_mount(path, "readonly") for path in __salt__["synapse_config.sockets_to_mount"]()]
     if image["pycache"]:
         arguments += [
             f"--mount=type=volume,source={image['pycache']},target={PYTHON_CACHE},readonly",
