@@ -276,7 +276,7 @@ def restore(backup, kill=False, grace=None):
             _enter(journal, "starting", settings)
             names = __salt__["synapse_process.start"](HOLDER)
         except BaseException as err:
-            raise CommandExecutionError(f"{err}\n{_undone(journal, settings)}") from err
+            raise CommandExecutionError(f"{str(err) or type(err).__name__}\n{_undone(journal, settings)}") from err
         _journal_file(settings).unlink()
     return {
         "backup": str(path),
