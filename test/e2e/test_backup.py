@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from conftest import PILLAR
-from deployment import MAIN, until
+from deployment import MAIN, Refused, until
 from host import HostError
 
 DIRECTORY = "/var/backups/matrix-synapse"
@@ -153,7 +153,7 @@ def test_a_backup_is_whole_and_only_roots(deployed, talk):
         "synapse",
     )
     assert database["tables"]["public.events"] > 5
-    assert manifest["media"] == 1
+    assert manifest["media"] == len(host.sh(f"find {DATA}/media -type f").stdout.splitlines()) > 0
     for name in ("config/homeserver.yaml", "data/secrets/signing.key", "data/roster.json"):
         assert f"files/{name}" in manifest["files"]
     assert host.run("cmp", f"{path}/files/data/secrets/signing.key", f"{DATA}/secrets/signing.key").returncode == 0
@@ -313,36 +313,84 @@ def test_a_restore_that_fails_goes_back_by_itself(deployed, talk, changed_copy):
     assert phase(host) == ""
 
 
-@pytest.mark.parametrize("when", ["restoring", "stopping", "switching", "starting"])
-def test_a_restore_that_was_killed_is_put_right_by_the_same_command(deployed, talk, when):
+def test_a_restore_that_is_killed_in_every_phase_is_put_right_by_the_same_command(deployed, talk):
     host, alice, room = deployed.host, talk["alice"], talk["room"]
-    alice.say(room, f"before the restore that is killed while {when}")
+    alice.say(room, "not in the backup")
     before = databases(host)
-    process = in_background(host, "synapse_backup.restore", talk["backup"])
-    if when == "switching":
-        # Too quick to be met: it has to wait for a lock.
-        until(lambda: phase(host) == "stopping", "it is stopping")
-    with held(host, "pg_database") if when == "switching" else contextlib.nullcontext():
-        until(lambda: phase(host) == when, f"it is {when}")
-        host.run("kill", "-KILL", process)
-        assert "synapse" in databases(host)
-    assert host.run("pgrep", "--exact", "pg_restore", check=False).stdout == ""
+    for phases in (["restoring"], ["restoring", "stopping"], ["restoring", "stopping", "switching"], ["starting"]):
+        process = in_background(host, "synapse_backup.restore", talk["backup"])
+        with contextlib.ExitStack() as stack:
+            for last in phases:
+                if last == "switching":
+                    # Too quick to be met: it has to wait for a lock.
+                    stack.enter_context(held(host, "pg_database"))
+                until(lambda last=last: phase(host) == last, f"it is {last}")
+            host.run("kill", "-KILL", process)
+            assert "synapse" in databases(host), "there is one at any time"
+        assert host.run("pgrep", "--exact", "pg_restore", check=False).stdout == ""
 
+    elsewhere = f"{COPIES}/elsewhere/{talk['backup'].rpartition('/')[2]}"
+    host.sh(f"mkdir -p {elsewhere}")
+    with pytest.raises(HostError, match="cut off while it was starting; finish it first"):
+        synapse_restore(host, elsewhere)
     done = synapse_restore(host, talk["backup"])
-    until(deployed.all_healthy, "every process is healthy")
+    assert deployed.all_healthy()
     assert alice.heard(room)[0] == "to be kept"
     assert phase(host) == ""
     assert databases(host) == {*before, done["old"]}
     host.salt("synapse_backup.discard_old", done["old"])
 
 
+def test_a_session_of_somebody_else_is_ended_only_if_allowed(deployed, talk):
+    host, before = deployed.host, databases(deployed.host)
+    with session(host, "synapse", "select pg_sleep(600)"):
+        with pytest.raises(HostError, match=r"(?s)sessions in the database synapse.*postgres \(held,.*Undone: "):
+            synapse_restore(host, talk["backup"])
+        assert deployed.all_healthy()
+        assert databases(host) == before
+        done = synapse_restore(host, talk["backup"], kill=True)
+    assert deployed.all_healthy()
+    host.salt("synapse_backup.discard_old", done["old"])
+
+
+def test_a_new_machine_comes_back_from_its_backup(deployed, talk):
+    host, alice, room = deployed.host, talk["alice"], talk["room"]
+    pillar = deployed.pillar
+    deployed.pillar = {**copy.deepcopy(pillar), "clean": {"remove_data": True}}
+    deployed.apply("synapse.clean")
+    deployed.pillar = pillar
+    host.sh("docker load --quiet --input /srv/images/synapse-*.tar")
+    host.run("install", "-D", f"{talk['backup']}/files/data/roster.json", f"{DATA}/roster.json")
+    deployed.apply()
+    with pytest.raises(Refused):
+        alice.heard(room)
+
+    done = synapse_restore(host, talk["backup"])
+    deployed.apply()
+    assert deployed.apply(test=True) == {}
+    assert deployed.all_healthy()
+    assert deployed.names() == json.loads(host.read(f"{talk['backup']}/manifest.json"))["processes"]
+    assert (
+        host.run("cmp", f"{talk['backup']}/files/data/secrets/signing.key", f"{DATA}/secrets/signing.key").stdout == ""
+    )
+    assert alice.heard(room)[0] == "to be kept"
+    alice.sync()
+    assert alice.ask("GET", f"/_matrix/client/v1/media/download/{talk['image'].removeprefix('mxc://')}") == b"an image"
+    host.salt("synapse_backup.discard_old", done["old"])
+
+
 @contextlib.contextmanager
-def held(host, table):
-    """A session that reads a table of the server's and lets nobody change it."""
-    session = f"begin; lock table {table} in share mode; select pg_sleep(600)"
-    host.sh(f"setsid runuser -u postgres -- env PGAPPNAME=held psql -c '{session}' >/dev/null 2>&1 &")
-    until(lambda: psql(host, "select 1 from pg_stat_activity where application_name = 'held'"), "the table is locked")
+def session(host, database, sql):
+    """Somebody's session in a database, which runs that."""
+    asked = "select 1 from pg_stat_activity where application_name = 'held'"
+    host.sh(f"setsid runuser -u postgres -- env PGAPPNAME=held psql -d {database} -c '{sql}' >/dev/null 2>&1 &")
+    until(lambda: psql(host, asked), "the session is there")
     try:
         yield
     finally:
-        psql(host, "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'held'")
+        psql(host, asked.replace("1", "pg_terminate_backend(pid)"))
+
+
+def held(host, table):
+    """A session that lets nobody change a table of the server's."""
+    return session(host, "postgres", f"begin; lock table {table} in share mode; select pg_sleep(600)")
