@@ -56,9 +56,9 @@ ENVIRONMENT = {
     "PGOPTIONS": "-c client_min_messages=error",
 }
 
-# What a directory of data gets back from a backup: owner's group and mode of its files. The roster stays: the units on
+# The directories of data that get their files back from a backup, and these files' mode. The roster stays: the units on
 # the machine bear the names that stand in the one that is there.
-RESTORED = {"secrets": ("synapse", 0o640), "appservices": ("root", 0o600)}
+RESTORED = {"secrets": 0o640, "appservices": 0o600}
 
 DATABASE = """
 select json_build_object(
@@ -246,28 +246,10 @@ def restore(backup, kill=False, grace=None):
     settings = _settings()
     with _alone():
         path = _path(backup, settings)
-        journal = _journal(settings)
-        if journal and journal["phase"] in ("switching", "starting"):
-            _end_orphans()
-            if journal["backup"] != str(path):
-                raise CommandExecutionError(
-                    f"A restore of {journal['backup']} was cut off while it was {journal['phase']}; finish it first:"
-                    f" salt-call synapse_backup.restore {journal['backup']}"
-                )
-            _tell(f"the restore of {path} that was cut off while it was {journal['phase']} goes on")
-        else:
-            if journal:
-                _tell(f"the restore of {journal['backup']} that was cut off while it was {journal['phase']} is undone")
-                _end_orphans()
-                _undo(journal, settings)
-            manifest = _manifest(path)
-            faults = _restore_faults(path, manifest, settings)
-            if faults:
-                raise CommandExecutionError("Nothing was changed:\n" + "\n".join(faults))
-            journal = _begin(path, settings)
+        journal = _resumed(path, settings) or _begin(path, settings)
         try:
             if journal["phase"] == "restoring":
-                _fill(journal, manifest, settings)
+                _fill(journal, settings)
                 _enter(journal, "stopping", settings)
             _stop(kill, grace, journal, settings)
             _enter(journal, "switching", settings)
@@ -379,8 +361,9 @@ def _backups(directory):
 
 
 def _remove_partial(directory):
-    for path in directory.glob(".*.partial"):
-        shutil.rmtree(path)
+    for path in directory.iterdir():
+        if re.fullmatch(rf"\.{STAMP_PATTERN}\.partial", path.name):
+            shutil.rmtree(path)
 
 
 def _remove(path):
@@ -462,7 +445,7 @@ def _write(partial, now, media, settings):
                 "--no-sync",
                 f"--file={partial / 'database'}",
             ),
-            "the database is dumped",
+            "dumping the database",
             lambda: _tree_size(partial / "database"),
             database["size"],
         )
@@ -533,7 +516,7 @@ def _archive(archive, settings):
     media = _media(settings)
     # Exit status 1: a file went, or grew, meanwhile. Synapse writes each once, before the database tells of it.
     command = [*MORTAL, "tar", "--create", f"--file={archive}", f"--directory={media}", "--exclude=./.restore-*", "."]
-    _watched(command, "the media are copied", lambda: archive.stat().st_size, _tree_size(media), allowed=(0, 1))
+    _watched(command, "copying the media", lambda: archive.stat().st_size, _tree_size(media), allowed=(0, 1))
     return len(_archived(archive))
 
 
@@ -608,6 +591,7 @@ def _file_faults(path, manifest):
     there = {str(file.relative_to(path)): file for file in _files_below(path)}
     there.pop("manifest.json", None)
     known = manifest["files"]
+    _tell("reading every file of the backup")
     faults = [f"{name} is missing" for name in known if name not in there]
     faults += [f"{name} is not in the manifest" for name in there if name not in known]
     for name, file in there.items():
@@ -649,7 +633,7 @@ def _load(path, manifest, cluster, database):
             "--exit-on-error",
             str(path / "database"),
         ),
-        "the dump is restored",
+        "restoring the dump",
         lambda: int(_sql("select pg_database_size(:'name');", cluster, name=database)),
         wanted["size"],
     )
@@ -658,6 +642,7 @@ def _load(path, manifest, cluster, database):
 def _database_faults(manifest, cluster, database):
     """What differs between a restored database and the manifest, a sentence each."""
     wanted = manifest["database"]
+    _tell("counting the rows of every table")
     rows = _counted(_sql(ROWS, cluster, database))
     faults = [
         f"the table {table} has {_number(rows.get(table))}, and should have {_number(wanted['tables'].get(table))}"
@@ -799,8 +784,30 @@ def _journal(settings):
         return None
 
 
+def _resumed(path, settings):
+    """The journal of a run that was cut off, if it is to be brought to its end; what is not is undone."""
+    journal = _journal(settings)
+    if not journal:
+        return None
+    _end_orphans()
+    cut_off = f"the restore of {journal['backup']} that was cut off while it was {journal['phase']}"
+    if journal["phase"] not in ("switching", "starting"):
+        _tell(f"undoing {cut_off}")
+        _undo(journal, settings)
+        return None
+    if journal["backup"] != str(path):
+        raise CommandExecutionError(f"First finish {cut_off}: salt-call synapse_backup.restore {journal['backup']}")
+    _tell(f"finishing {cut_off}")
+    return journal
+
+
 def _begin(path, settings):
+    faults = _restore_faults(path, _manifest(path), settings)
+    if faults:
+        raise CommandExecutionError("Nothing was changed:\n" + "\n".join(faults))
     stamp, name = _now().strftime(STAMP), _stem(settings)
+    for left in pathlib.Path(settings["directories"]["data"]).glob(f"{name}_before_*.*"):
+        shutil.rmtree(left)
     journal = {"backup": str(path), "new": f"{name}_new_{stamp}", "old": f"{name}_before_{stamp}"}
     _enter(journal, "restoring", settings)
     return journal
@@ -818,9 +825,10 @@ def _enter(journal, phase, settings):
     _tell(f"restore: {phase}")
 
 
-def _fill(journal, manifest, settings):
+def _fill(journal, settings):
     """The new database, complete, beside the one that still serves."""
     cluster, path = _cluster(), pathlib.Path(journal["backup"])
+    manifest = _manifest(path)
     _load(path, manifest, cluster, journal["new"])
     faults = _database_faults(manifest, cluster, journal["new"])
     if faults:
@@ -892,15 +900,21 @@ def _put_back(journal, settings):
     # The name of its file, as of the others.
     given += ["signing.key"] if settings["signing_key"]["current"] else []
     kept = []
-    for name, (group, mode) in RESTORED.items():
-        gid = __salt__["file.group_to_gid"](settings["user"]["group"]) if group == "synapse" else 0
+    for name in RESTORED:
         for file in _files_below(source / name):
             if name == "secrets" and file.name in given:
                 kept.append(file.name)
-                continue
-            (data / name).mkdir(mode=0o700, exist_ok=True)
-            _put(data / name / file.name, file.read_bytes(), gid, mode)
+            else:
+                (data / name).mkdir(mode=0o700, exist_ok=True)
+                _place(file, data / name, settings)
     return kept
+
+
+def _place(file, directory, settings):
+    mode = RESTORED[directory.name]
+    # What is not root's alone, Synapse reads.
+    gid = __salt__["file.group_to_gid"](settings["user"]["group"]) if mode & 0o040 else 0
+    _put(directory / file.name, file.read_bytes(), gid, mode)
 
 
 def _put_aside(journal, settings):
@@ -921,14 +935,14 @@ def _take_back(journal, settings):
     data, aside = pathlib.Path(settings["directories"]["data"]), _aside(journal, settings)
     if not aside.exists():
         return
-    for name, (group, mode) in RESTORED.items():
-        gid = __salt__["file.group_to_gid"](settings["user"]["group"]) if group == "synapse" else 0
+    for name in RESTORED:
         for file in _files_below(data / name):
             if not (aside / name / file.name).exists():
                 file.unlink()
         for file in _files_below(aside / name):
-            _put(data / name / file.name, file.read_bytes(), gid, mode)
-    shutil.rmtree(aside)
+            _place(file, data / name, settings)
+    # One that is half removed must not be taken for what there was.
+    shutil.rmtree(aside.rename(aside.with_suffix(".done")))
 
 
 def _undone(journal, settings):
@@ -948,7 +962,7 @@ def _undo(journal, settings):
         _take_back(journal, settings)
     said = "Undone: the database and the files are those of before"
     held = __salt__["synapse_maintenance.holder"]()
-    if held and held["holder"] == HOLDER:
+    if (held and held["holder"] == HOLDER) or (not held and touched != "restoring"):
         try:
             __salt__["synapse_process.start"](HOLDER)
             said += ", and every process is healthy"

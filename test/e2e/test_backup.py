@@ -331,7 +331,7 @@ def test_a_restore_that_is_killed_in_every_phase_is_put_right_by_the_same_comman
 
     elsewhere = f"{COPIES}/elsewhere/{talk['backup'].rpartition('/')[2]}"
     host.sh(f"mkdir -p {elsewhere}")
-    with pytest.raises(HostError, match="cut off while it was starting; finish it first"):
+    with pytest.raises(HostError, match="First finish the restore of .* that was cut off while it was starting"):
         synapse_restore(host, elsewhere)
     done = synapse_restore(host, talk["backup"])
     assert deployed.all_healthy()
@@ -356,8 +356,11 @@ def test_a_session_of_somebody_else_is_ended_only_if_allowed(deployed, talk):
 def test_a_new_machine_comes_back_from_its_backup(deployed, talk):
     host, alice, room = deployed.host, talk["alice"], talk["room"]
     pillar = deployed.pillar
+    # What a restore had put aside is data, too.
+    psql(host, 'create database "synapse_before_20261124T220046Z" owner synapse')
     deployed.pillar = {**copy.deepcopy(pillar), "clean": {"remove_data": True}}
     deployed.apply("synapse.clean")
+    assert databases(host) == set()
     deployed.pillar = pillar
     host.sh("docker load --quiet --input /srv/images/synapse-*.tar")
     host.run("install", "-D", f"{talk['backup']}/files/data/roster.json", f"{DATA}/roster.json")
