@@ -35,9 +35,10 @@ PILLAR = {
 
 
 @pytest.fixture(scope="session")
-def host():
-    """A host of the tests' own. KEEP_HOST=1 leaves it running, and takes it as it is the next time."""
-    host = Host.up("synapse-e2e")
+def host(worker_id):
+    """A host of the tests' own, one for each of pytest's processes. KEEP_HOST=1 leaves it running, and takes it as it is the
+    next time."""
+    host = Host.up(f"synapse-e2e-{worker_id}")
     yield host
     if not os.environ.get("KEEP_HOST"):
         host.down()

@@ -87,6 +87,17 @@ def test_a_worker_that_failed_leaves_no_ghost_when_it_is_removed(deployed):
     assert deployed.apply(test=True) == {}
 
 
+def test_a_worker_that_all_know_of_leaves_before_the_others_restart(deployed):
+    gone, now = "matrix-synapse-worker-5-federation-sender", deployed.host.sh("date '+%F %T'").stdout.strip()
+    before = deployed.starts()
+    worker(deployed, "federation-sender")["count"] = 0
+    done = applied_exactly(deployed)
+    assert restarted(deployed, before) == set(before) - {gone} == set(done[PROCESSES])
+    journal = deployed.host.run("journalctl", "--since", now, "--output", "cat", "--unit", f"{gone}.service").stdout
+    assert "Stopped" in journal
+    assert "Started" not in journal
+
+
 def test_the_order_of_the_pillar_changes_nothing(deployed):
     deployed.pillar["workers"]["list"].reverse()
     assert deployed.apply() == {}
