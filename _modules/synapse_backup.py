@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 
@@ -517,12 +516,12 @@ def _archive(archive, settings):
     # Exit status 1: a file went, or grew, meanwhile. Synapse writes each once, before the database tells of it.
     command = [*MORTAL, "tar", "--create", f"--file={archive}", f"--directory={media}", "--exclude=./.restore-*", "."]
     _watched(command, "copying the media", lambda: archive.stat().st_size, _tree_size(media), allowed=(0, 1))
-    return len(_archived(archive))
+    return _archived(archive)
 
 
 def _archived(archive):
-    with tarfile.open(archive) as tar:
-        return [member for member in tar if member.isfile()]
+    """How many files are in an archive."""
+    return sum(not line.endswith("/") for line in _run([*MORTAL, "tar", "--list", f"--file={archive}"]).splitlines())
 
 
 def _seal(partial):
@@ -603,7 +602,7 @@ def _file_faults(path, manifest):
         elif _checksum(file) != known[name]["sha256"]:
             faults.append(f"{name} has another checksum")
     if not faults and manifest["media"] is not None:
-        count = len(_archived(path / "media.tar"))
+        count = _archived(path / "media.tar")
         if count != manifest["media"]:
             faults.append(f"media.tar has {count} files, and should have {manifest['media']}")
     return faults

@@ -247,12 +247,12 @@ def test_a_master_brings_back_what_was_destroyed(deployed, talk, master):
     assert host.run("stat", "--format=%a %U %G", f"{DATA}/secrets/form").stdout == "640 root synapse\n"
     assert host.read(f"{DATA}/secrets/form") == host.read(f"{talk['backup']}/files/data/secrets/form")
 
-    (old,) = host.salt("synapse_backup.old")
+    (old,) = set(host.salt("synapse_backup.old")) - before
     assert databases(host) == {*before, old}
     assert psql(host, f"select count(*) from event_json where room_id = '{room}'", old) == ["0"]
     assert host.read(f"{DATA}/{old}/secrets/form") == "something else\n"
     assert deployed.apply(test=True) == {}
-    with pytest.raises(HostError, match=f"there are: {old}"):
+    with pytest.raises(HostError, match=f"there are: .*{old}"):
         host.salt("synapse_backup.discard_old", "synapse")
     assert host.salt("synapse_backup.discard_old", old) == old
     assert databases(host) == before
