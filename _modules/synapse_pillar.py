@@ -447,6 +447,16 @@ def _holds(path, other):
     return f"{other}/".startswith(f"{path}/")
 
 
+def _backups_are_apart(settings):
+    path = settings["backup"]["directory"]
+    return [
+        # synapse.clean may remove that one; and a backup that holds it would hold itself.
+        fault("synapse:backup:directory", path, f"it must be apart from synapse:directories:{name}, which is {other}")
+        for name, other in settings["directories"].items()
+        if _holds(path, other) or _holds(other, path)
+    ]
+
+
 def _listeners_are_apart(settings):
     seen, found = {}, []
     servers = ["client"] + ["federation"] * settings["nginx"]["federation"]["enabled"]
@@ -526,6 +536,7 @@ def _image_can_be_built(settings):
 
 RELATIONS = (
     _directories_are_apart,
+    _backups_are_apart,
     _listeners_are_apart,
     _databases_are_reachable,
     _accounts_are_ordinary,

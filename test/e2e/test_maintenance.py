@@ -156,21 +156,6 @@ def test_the_state_stops_and_starts_once(deployed):
     assert run("started") == (True, {})
 
 
-@pytest.fixture
-def master(deployed):
-    """``salt-run`` on a master whose only minion is this host; both end with the test."""
-    host = deployed.host
-    host.run("systemctl", "start", "salt-master", "salt-minion")
-
-    def run(*words, check=True):
-        return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
-
-    until(lambda: host.run("salt", "*", "test.ping", check=False).returncode == 0, "the minion is there", 120)
-    host.run("salt", "*", "saltutil.sync_all")
-    yield run
-    host.run("systemctl", "stop", "salt-minion", "salt-master")
-
-
 def test_a_master_stops_and_starts_it(deployed, master):
     master("state.orchestrate", "synapse.orch.stop")
     assert set(deployed.states().values()) == {"inactive"}
