@@ -5,6 +5,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 # pytest's exit status 5: there was no test to run
 pytest = $(PYTEST) $(1) || [ $$? -eq 5 ]
+# In the order of their names: the last one takes everything down.
+TWO_FILES_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-down test lint format test-unit test-functional test-e2e bench clean
@@ -40,7 +42,7 @@ test-functional: setup  ## Run the tests of Salt modules, states and templates
 	$(call pytest,test/functional)
 
 test-e2e: setup  ## Apply the formula in disposable hosts and use the homeserver
-	$(call pytest,test/host test/e2e)
+	$(call pytest,test/host test/e2e $(TWO_FILES_AT_A_TIME))
 
 bench: setup  ## Run all benchmarks
 	$(PYTHON) test/bench/bench.py

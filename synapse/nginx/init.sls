@@ -12,7 +12,7 @@ include:
 
 nginx is installed:
   pkg.installed:
-    - pkgs: {{ [synapse.nginx.package, "curl"] | json }}
+    - name: {{ synapse.nginx.package }}
     - require_in:
       - cmd: The directories of Synapse's sockets exist
 

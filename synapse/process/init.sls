@@ -9,9 +9,9 @@ include:
   - synapse.redis
   - synapse.config
 
-Python is installed on the host:
+What the units' helpers run on is installed:
   pkg.installed:
-    - name: python3-minimal
+    - pkgs: [python3-minimal, curl]
 
 {%- for helper in ("create-container.sh", "wait-until-ready.py") %}
 
@@ -28,7 +28,7 @@ The units' helper {{ helper }} is in place:
 Synapse's processes are running:
   synapse_process.running:
     - require:
-      - pkg: Python is installed on the host
+      - pkg: What the units' helpers run on is installed
       - cmd: Synapse's Docker network exists
       - synapse_config: Synapse's configuration is in place
       - cmd: The directories of Synapse's sockets exist

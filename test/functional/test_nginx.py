@@ -717,6 +717,26 @@ def test_a_process_without_a_peer_answers_as_soon_as_it_is_back(directory):
             assert [nginx.who(*typing) for _ in range(5)] == ["typing.1"] * 5
 
 
+def test_while_the_switch_is_there_every_request_is_told_to_come_back(directory):
+    with Nginx(directory / "closed", ["generic"]) as nginx:
+        switch = pathlib.Path(nginx.settings["maintenance_switch"])
+        switch.touch()
+        for method, uri in (
+            ("GET", "/_matrix/client/v3/sync"),
+            ("PUT", "/_matrix/client/v3/rooms/!r:x/send/m.x/1"),
+            ("POST", "/_matrix/media/v3/upload"),
+            ("GET", "/_synapse/admin/v1/server_version"),
+        ):
+            status, headers, content = nginx.ask(method, uri)
+            assert (status, content["errcode"], headers["Retry-After"]) == (503, "M_UNKNOWN", "60")
+            assert headers["Access-Control-Allow-Origin"] == "*"
+        assert nginx.ask("GET", "/_matrix/federation/v1/version", federation=True)[0] == 503
+        nginx.run("-s", "reload")
+        assert nginx.who("GET", "/_matrix/client/versions") == 503
+        switch.unlink()
+        assert nginx.who("GET", "/_matrix/client/versions") == "generic.1"
+
+
 @pytest.mark.parametrize(
     ("uri", "megabytes", "status"),
     [
@@ -767,6 +787,16 @@ def test_containers_find_the_client_api_on_the_internal_address_once(directory):
         connection.request("GET", "/_matrix/client/versions")
         assert connection.getresponse().getheader("X-Process") == "main.1"
     assert render(nginx.plan, {**nginx.settings, "client": listens}).count(f"listen {internal};") == 1
+
+
+def test_another_site_on_the_same_address_keeps_its_requests(directory):
+    nginx = Nginx(directory / "beside", [], server_names=["example.org", "matrix.example.org"])
+    other = f"server {{ listen 127.0.0.1:{nginx.client} default_server; return 418; }}"
+    file = directory / "beside/nginx.conf"
+    file.write_text(file.read_text().replace("http {", f"http {{ {other}"))
+    with nginx:
+        for host, answer in (("matrix.example.org:443", "main.1"), ("example.org", "main.1"), ("other.example", 418)):
+            assert nginx.who("GET", "/_matrix/client/versions", {"Host": host}) == answer
 
 
 def test_tls_speaks_http_1_1_and_http_2_and_nothing_older_than_1_2(directory):

@@ -5,11 +5,12 @@
 set -eu
 name=$1 inputs=$2
 shift 2
+label=org.matrix.synapse.process.inputs
 
-found=$(docker container inspect \
-    --format '{{.State.Status}} {{index .Config.Labels "org.matrix.synapse.process.inputs"}}' "$name" 2>/dev/null) || found=
+# Asked by curl, which takes a third of the docker client's time. https://docs.docker.com/reference/api/engine/
+found=$(curl --silent --fail --unix-socket /run/docker.sock "http://localhost/containers/$name/json") || found=
 case $found in
-"exited $inputs" | "created $inputs") exit ;;
+*'"Status":"exited"'*"\"$label\":\"$inputs\""* | *'"Status":"created"'*"\"$label\":\"$inputs\""*) exit ;;
 ?*) docker rm --force --volumes "$name" >/dev/null ;;
 esac
-docker create --name "$name" --label "org.matrix.synapse.process.inputs=$inputs" "$@" >/dev/null
+docker create --name "$name" --label "$label=$inputs" "$@" >/dev/null
