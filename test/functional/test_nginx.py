@@ -731,6 +731,11 @@ def test_while_the_switch_is_there_every_request_is_told_to_come_back(directory)
             assert (status, content["errcode"], headers["Retry-After"]) == (503, "M_UNKNOWN", "60")
             assert headers["Access-Control-Allow-Origin"] == "*"
         assert nginx.ask("GET", "/_matrix/federation/v1/version", federation=True)[0] == 503
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(nginx.settings["back_door"])
+        connection.request("GET", "/_matrix/client/versions")
+        assert connection.getresponse().getheader("X-Process") == "generic.1"
         nginx.run("-s", "reload")
         assert nginx.who("GET", "/_matrix/client/versions") == 503
         switch.unlink()
