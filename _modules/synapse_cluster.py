@@ -8,6 +8,7 @@ A cluster is called as Debian calls it: ``15/main``.
 import contextlib
 import csv
 import fcntl
+import functools
 import io
 import json
 import os
@@ -705,20 +706,31 @@ def contents(name, method):
     _query(cluster, QUIET)
     found = {}
     for database in (row["datname"] for row in _query(cluster, DATABASES)):
-        rows = _query(cluster, CONTENTS + ("" if method == "dump" else SIZES), database)
-        found[database] = {f"{row['kind']} {row['name']}": row["value"] for row in rows}
-        if method == "dump":
-            found[database] |= _counts(cluster, database)
+        found[database] = contents_of(functools.partial(_query, cluster, database=database), rows=method == "dump")
     return found
 
 
-def _counts(cluster, database):
-    tables = [row["name"] for row in _query(cluster, TABLES, database)]
+def contents_of(ask, rows):
+    """
+    Return what is in one database, as :func:`contents` does.
+
+    ask
+        A function that returns the rows of a query in it, a dict for each.
+
+    rows
+        Whether rows are counted; otherwise files are measured.
+    """
+    found = {f"{row['kind']} {row['name']}": row["value"] for row in ask(CONTENTS + ("" if rows else SIZES))}
+    return found | _counts(ask) if rows else found
+
+
+def _counts(ask):
+    tables = [row["name"] for row in ask(TABLES)]
     if not tables:
         return {}
     quoted = [(table.replace("'", "''"), table) for table in tables]
     counts = " union all ".join(f"select '{text}' as name, count(*) as count from {table}" for text, table in quoted)
-    return {f"rows {row['name']}": row["count"] for row in _query(cluster, counts, database)}
+    return {f"rows {row['name']}": row["count"] for row in ask(counts)}
 
 
 def differences(before, after):

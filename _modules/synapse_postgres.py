@@ -4,6 +4,7 @@ Synapse's PostgreSQL cluster: which one it is, how it is set, who is connected; 
 
 import csv
 import io
+import json
 import pathlib
 
 from salt.exceptions import CommandExecutionError
@@ -166,7 +167,7 @@ def sessions():
 
         salt-call synapse_postgres.sessions
     """
-    return _ask(SESSIONS)
+    return [{**row, "pid": int(row["pid"])} for row in _ask(SESSIONS)]
 
 
 def terminate_sessions():
@@ -226,7 +227,8 @@ def _target(version):
     settings = __salt__["synapse_pillar.settings"]()
     if not settings["postgres"]["managed"]:
         raise CommandExecutionError(
-            "synapse:postgres:managed: false: upgrade it by its own means, between salt-call synapse_process.stop and start"
+            "synapse:postgres:managed: false: upgrade it by its own means, between salt-call synapse_process.stop and start;"
+            " synapse_postgres.remember before and synapse_postgres.verify after it tell whether all is there"
         )
     wanted = version if version is not None else settings["postgres"]["version"]
     if wanted is None:
@@ -310,12 +312,84 @@ def status():
     return f"Synapse's data are on {cluster()}\n{__salt__['synapse_upgrade.status']()}"
 
 
+def remember():
+    """
+    Note what is in Synapse's database, while Synapse is stopped, for :func:`verify`. So the work of others on it can be
+    checked, such as the upgrade of an external PostgreSQL.
+
+    Returns a dict with ``tables`` and ``rows``.
+
+    Raises CommandExecutionError if Synapse runs, or the database can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.remember
+    """
+    left = __salt__["synapse_process.left"](__salt__["synapse_process.census"]())
+    if left:
+        raise CommandExecutionError(
+            f"Synapse must be stopped first, by salt-call synapse_process.stop: there is {'; '.join(left)}"
+        )
+    found = __salt__["synapse_cluster.contents_of"](_rows_of_database, rows=True)
+    _remembered().write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return _summary(found)
+
+
+def verify():
+    """
+    Compare Synapse's database with what :func:`remember` noted: tables, columns, indexes, constraints, triggers, functions,
+    extensions, sequences, the rows of every table; and sequences with ``stream_positions``.
+
+    Returns a dict with ``tables`` and ``rows``.
+
+    Raises CommandExecutionError that names what differs.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_postgres.verify
+    """
+    try:
+        before = json.loads(_remembered().read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise CommandExecutionError("Nothing was noted before: salt-call synapse_postgres.remember") from err
+    found = __salt__["synapse_cluster.contents_of"](_rows_of_database, rows=True)
+    database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
+    faults = __salt__["synapse_cluster.differences"]({database: before}, {database: found})
+    faults += __salt__["synapse_upgrade.lagging_sequences"](_rows_of_database)
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise CommandExecutionError(f"The database is not as it was: {'; '.join(faults[:10])}{more}")
+    return _summary(found)
+
+
+def _remembered():
+    return pathlib.Path(__salt__["synapse_pillar.settings"]()["directories"]["data"], "postgres-remembered.json")
+
+
+def _summary(contents):
+    counts = [int(value) for item, value in contents.items() if item.startswith("rows ")]
+    return {"tables": len(counts), "rows": sum(counts)}
+
+
+def _rows_of_database(query):
+    settings = __salt__["synapse_pillar.settings"]()
+    if settings["postgres"]["managed"]:
+        return __salt__["synapse_cluster.query"](cluster(), query, settings["postgres"]["database"])
+    return _ask_external(settings, query)
+
+
 def _ask(query):
     settings = __salt__["synapse_pillar.settings"]()
-    return _ask_managed(settings, query) if settings["postgres"]["managed"] else _ask_external(settings, query)
+    if settings["postgres"]["managed"]:
+        return _ask_managed(_about(query, settings["user"]["name"]))
+    return _ask_external(settings, _about(query, settings["postgres"]["user"] or settings["user"]["name"]))
 
 
-def _ask_managed(settings, query):
+def _ask_managed(query):
     if not CLUSTERS.is_dir():
         return []
     server = f"--cluster={cluster()}"
@@ -324,7 +398,7 @@ def _ask_managed(settings, query):
         return []
     done = _run(
         *("runuser", "--user=postgres", "--", "psql", server, "--no-psqlrc", "--csv", "--dbname=postgres"),
-        *("--command", _about(query, settings["user"]["name"])),
+        *("--command", query),
     )
     return _rows(done)
 
@@ -339,7 +413,7 @@ def _ask_external(settings, query):
     homeserver = f"{settings['directories']['config']}/homeserver.yaml"
     done = _run(
         *("docker", "run", "--rm", *arguments, "--entrypoint=python3", image["id"]),
-        *("-c", script, homeserver, _about(query, settings["postgres"]["user"] or settings["user"]["name"])),
+        *("-c", script, homeserver, query),
     )
     return _rows(done)
 
@@ -350,10 +424,8 @@ def _about(query, role):
 
 def _rows(done):
     if done["retcode"] != 0:
-        raise CommandExecutionError(
-            f"The database can't be asked for Synapse's sessions: {done['stderr'] or done['stdout']}"
-        )
-    return [{**row, "pid": int(row["pid"])} for row in csv.DictReader(io.StringIO(done["stdout"])) if row.get("pid")]
+        raise CommandExecutionError(f"The database can't be asked: {done['stderr'] or done['stdout']}")
+    return list(csv.DictReader(io.StringIO(done["stdout"])))
 
 
 def _run(*command):

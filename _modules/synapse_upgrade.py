@@ -11,6 +11,7 @@ the new cluster, the way is back; from then on, it is forward.
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -673,25 +674,29 @@ def _verify(entry):
     faults = __salt__["synapse_cluster.differences"](
         _read(_contents_file()), __salt__["synapse_cluster.contents"](entry["new"], entry["method"])
     )
-    faults += _lagging_sequences(entry["new"])
+    database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
+    query = functools.partial(__salt__["synapse_cluster.query"], entry["new"], database=database)
+    faults += lagging_sequences(query)
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise CommandExecutionError(f"The new cluster is not as the old one was: {'; '.join(faults[:10])}{more}")
 
 
-def _lagging_sequences(cluster):
-    """Sequences that would give a number to two things."""
-    database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
-    sequences = {
-        row["name"]: int(row["value"]) for row in __salt__["synapse_cluster.query"](cluster, SEQUENCES, database)
-    }
+def lagging_sequences(ask):
+    """
+    Return the sequences of Synapse's database that would give a number to two things, a sentence each.
+
+    ask
+        A function that returns the rows of a query in the database, a dict for each.
+    """
+    sequences = {row["name"]: int(row["value"]) for row in ask(SEQUENCES)}
     known = __salt__["synapse_pillar.knowledge"]()["sequences"]
-    for row in __salt__["synapse_cluster.query"](cluster, POSITIONS, database):
-        sequence = known.get(row["name"])
-        if sequence in sequences and sequences[sequence] < int(row["position"]):
-            yield (
-                f"the sequence {sequence} is at {sequences[sequence]}, but the stream {row['name']} at {row['position']}"
-            )
+    positions = [(known.get(row["name"]), row["name"], int(row["position"])) for row in ask(POSITIONS)]
+    return [
+        f"the sequence {sequence} is at {sequences[sequence]}, but the stream {stream} at {position}"
+        for sequence, stream, position in positions
+        if sequence in sequences and sequences[sequence] < position
+    ]
 
 
 def _serve(entry, serving):

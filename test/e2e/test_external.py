@@ -7,7 +7,8 @@ import secrets
 
 import pytest
 from conftest import PILLAR
-from deployment import until
+from deployment import MAIN, until
+from host import HostError
 
 # Of the containers' network: where a service of the host can be reached from a container.
 NETWORK, GATEWAY = "172.29.88.0/24", "172.29.88.1"
@@ -108,6 +109,32 @@ def test_users_talk_by_the_external_servers(moved):
 def test_a_second_run_changes_nothing_with_external_servers(moved):
     assert moved[0].apply(test=True) == {}
     assert moved[0].apply() == {}
+
+
+def test_an_upgrade_of_somebody_elses_is_bracketed_by_stop_and_verification(moved):
+    host, alice = moved[0].host, moved[0].user()
+    room = alice.room()
+    alice.say(room, "before the move")
+    with pytest.raises(HostError, match=f"must be stopped first.*the unit {MAIN}"):
+        host.salt("synapse_postgres.remember")
+
+    # What an operator might do: the database goes through a dump.
+    work = f"runuser --user postgres -- env PGCLUSTER=15/{NAME}"
+    move = f"""{work} dropdb {NAME}
+        {work} createdb --owner {NAME} --encoding UTF8 --locale C --template template0 {NAME}
+        {work} pg_restore --dbname {NAME} --exit-on-error /tmp/{NAME}.dump"""
+    host.salt("synapse_process.stop", reason="PostgreSQL moves")
+    noted = host.salt("synapse_postgres.remember")
+    assert noted["rows"] > noted["tables"] > 100
+    host.sh(f"{work} pg_dump --format custom --file /tmp/{NAME}.dump {NAME}; {move}")
+    assert host.salt("synapse_postgres.verify") == noted
+    host.sh(f"{work} psql {NAME} --command 'delete from event_json where ctid = (select min(ctid) from event_json)'")
+    with pytest.raises(HostError, match="rows public.event_json: [0-9]+ before"):
+        host.salt("synapse_postgres.verify")
+    host.sh(f"{move}; rm /tmp/{NAME}.dump")
+    assert host.salt("synapse_postgres.verify") == noted
+    host.salt("synapse_process.start")
+    assert "before the move" in alice.heard(room)
 
 
 def test_the_passwords_of_external_servers_show_nowhere(moved):

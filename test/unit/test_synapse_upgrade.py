@@ -198,7 +198,6 @@ def test_a_sequence_that_lags_behind_its_stream_is_named(minion, upgrade, at, la
         upgrade.SEQUENCES: [{"name": "events_stream_seq", "value": str(at)}],
         upgrade.POSITIONS: [{"name": "events", "position": "10"}, {"name": "unknown", "position": "99"}],
     }
-    minion.salt["synapse_cluster.query"] = lambda name, sql, database: rows[sql]
-    found = list(upgrade._lagging_sequences("18/main"))
+    found = upgrade.lagging_sequences(rows.get)
     expected = f"the sequence events_stream_seq is at {at}, but the stream events at 10"
     assert found == ([expected] if lags else [])
