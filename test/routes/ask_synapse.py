@@ -209,7 +209,9 @@ def root_of(base, kind):
     hs = server(parsed.server.server_name, config=parsed)
     hs.setup()
     taken = []
-    homeserver.listen_http = _base.listen_http = lambda *args, **_: taken.extend(a for a in args if isinstance(a, Resource))
+    homeserver.listen_http = _base.listen_http = lambda *args, **_: taken.extend(
+        a for a in args if isinstance(a, Resource)
+    )
     if kind["app"] == MAIN:
         getattr(hs, listen)(parsed, parsed.server.listeners[0])
     else:
