@@ -25,7 +25,6 @@ import sys
 import tempfile
 import types
 
-import synapse
 from signedjson.key import generate_signing_key
 from synapse._scripts import generate_workers_map
 from synapse.api.errors import UnrecognizedRequestError
@@ -36,6 +35,8 @@ from synapse.http.server import JsonResource, UnrecognizedRequestResource
 from twisted.web.resource import Resource, getChildForRequest
 from twisted.web.static import File
 from unpaddedbase64 import encode_base64
+
+import synapse
 
 METHODS = ("GET", "POST", "PUT", "DELETE")
 MAIN = "synapse.app.homeserver"
@@ -70,26 +71,10 @@ ACCOUNTS = [
 
 def main():
     kinds = json.load(sys.stdin)
-    # Main comes first: it makes the database.
-    names = sorted(kinds, key=lambda kind: kinds[kind]["app"] != MAIN)
     patterns, requests, own_map = {}, {}, set()
     for accounts in ACCOUNTS:
         with tempfile.TemporaryDirectory() as directory:
-            base = settings(pathlib.Path(directory), accounts)
-            processes = {}
-            for kind in names:
-                processes[kind] = Process(base, kinds[kind])
-                if kinds[kind]["app"] == MAIN:
-                    processes[kind].registered()
-            samples = set()
-            for kind, process in processes.items():
-                for method, pattern, paths in process.registered():
-                    patterns.setdefault((method, pattern), set()).add(kind)
-                    samples |= {(method, path) for path in paths}
-            for kind, process in processes.items():
-                for (method, path), servlet in process.answers(sorted(samples)).items():
-                    requests.setdefault(f"{method} {path}", {})[kind] = servlet
-            own_map |= in_its_own_process(lambda: own_map_of(base)).recv()
+            ask(settings(pathlib.Path(directory), accounts), kinds, patterns, requests, own_map)
     found = {
         "release": synapse.__version__,
         "patterns": [[method, pattern, sorted(by)] for (method, pattern), by in sorted(patterns.items())],
@@ -97,6 +82,25 @@ def main():
         "own map": sorted(own_map),
     }
     json.dump(found, sys.stdout)
+
+
+def ask(base, kinds, patterns, requests, own_map):
+    """Add what is found with these settings."""
+    processes = {}
+    # Main comes first: it makes the database.
+    for kind in sorted(kinds, key=lambda kind: kinds[kind]["app"] != MAIN):
+        processes[kind] = Process(base, kinds[kind])
+        if kinds[kind]["app"] == MAIN:
+            processes[kind].registered()
+    samples = set()
+    for kind, process in processes.items():
+        for method, pattern, paths in process.registered():
+            patterns.setdefault((method, pattern), set()).add(kind)
+            samples |= {(method, path) for path in paths}
+    for kind, process in processes.items():
+        for (method, path), answering in process.answers(sorted(samples)).items():
+            requests.setdefault(f"{method} {path}", {})[kind] = answering
+    own_map |= in_its_own_process(lambda: own_map_of(base)).recv()
 
 
 def in_its_own_process(*steps):
@@ -145,7 +149,8 @@ class Process:
 
 def own_map_of(base):
     """What Synapse's own map says a worker can answer, as examples."""
-    found = generate_workers_map.get_registered_paths_for_default("synapse.app.generic_worker", parse(base))
+    config = parse({**base, "enable_media_repo": False})
+    found = generate_workers_map.get_registered_paths_for_default("synapse.app.generic_worker", config)
     return {f"{method} {path}" for method, pattern in found for path in examples(pattern)}
 
 

@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""
+The proof of the routes: every request that Synapse answers reaches a process that can answer it.
+
+    proof.py            the pinned release, and some older ones
+    proof.py 1.164.0    the pinned release, and this one
+
+A release is installed from PyPI into a directory of its own and asked what each kind of process answers (ask_synapse.py).
+An nginx with the configuration that the formula generates for a layout is asked who gets each request. Prints a report;
+exits with 1 if a request goes wrong.
+"""
+
+import functools
+import http.client
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import yaml
+from front import ROOT, Front
+from host import CACHE, SYNAPSE_VERSION, locked, progress
+
+HERE = pathlib.Path(__file__).parent
+DATA = {name: yaml.safe_load((ROOT / f"synapse/data/{name}.yaml").read_text()) for name in ("routes", "workers")}
+OLDER = ("1.162.0", "1.156.0", "1.150.0")
+
+# The pillar's `workers`.
+LAYOUTS = {
+    **{preset: {"preset": preset} for preset in DATA["workers"]["presets"]},
+    "no workers": {},
+    "two generic workers": {"list": [{"type": "generic", "count": 2}]},
+    **{
+        f"{kind} alone": {"list": [{"type": kind}]}
+        for kind, it in DATA["workers"]["types"].items()
+        if it.get("serves") and kind != "stream-writer"
+    },
+    "every stream writer alone": {
+        "list": [{"type": "stream-writer", "stream": it} for it in DATA["workers"]["streams"]]
+    },
+    "some streams": {
+        "list": [
+            {"type": "generic"},
+            *({"type": "stream-writer", "stream": it} for it in ("typing", "receipts", "push_rules")),
+        ]
+    },
+    "every type and every stream": {
+        "list": [{"type": it} for it in DATA["workers"]["types"] if it != "stream-writer"]
+        + [{"type": "stream-writer", "stream": it} for it in DATA["workers"]["streams"]]
+    },
+    "specialised workers and the last streams": {
+        "preset": "specialized-workers",
+        "list": [
+            {"type": "stream-writer", "stream": it} for it in ("thread_subscriptions", "quarantined_media_changes")
+        ],
+    },
+}
+
+# Servlets that answer 500 on a process that does not write the stream; of the others any process passes the write on. Found
+# by asking each, see test/e2e/test_streams.py.
+WRITERS = {
+    "RoomTypingRestServlet": ("typing", ["PUT"]),
+    "SendToDeviceRestServlet": ("to_device", ["PUT"]),
+    "ReceiptRestServlet": ("receipts", ["POST"]),
+    "ReadMarkerRestServlet": ("receipts", ["POST"]),
+    "PushRuleRestServlet": ("push_rules", ["PUT", "DELETE"]),
+    "ThreadSubscriptionsRestServlet": ("thread_subscriptions", ["PUT", "DELETE"]),
+    "QuarantineMediaInRoom": ("quarantined_media_changes", ["POST"]),
+    "QuarantineMediaByUser": ("quarantined_media_changes", ["POST"]),
+    "QuarantineMediaByID": ("quarantined_media_changes", ["POST"]),
+    "UnquarantineMediaByID": ("quarantined_media_changes", ["POST"]),
+}
+
+# What any process registers, and none but main may answer: it answers 500, or keeps a login's state in its memory.
+MAIN_ALONE = {
+    "OpenIdUserInfo",
+    "SsoRedirectServlet",
+    "CasTicketServlet",
+    "PickIdpResource",
+    "UsernameAvailabilityResource",
+    "AccountDetailsResource",
+    "NewUserConsentResource",
+    "SsoRegisterResource",
+    "OIDCCallbackResource",
+    "OIDCBackchannelLogoutResource",
+    "MSC4108RendezvousSessionResource",
+}
+
+# Not for the public: nginx answers these itself, or not at all.
+NOT_PUBLIC = re.compile("/(health|_synapse/(metrics|replication|mas)(/.*)?|[.]well-known/.*)")
+
+# Together they do what a generic worker does.
+SPECIALISED = {"room", "sync", "client-reader", "federation-reader"}
+
+
+def main(releases):
+    pinned = answers(SYNAPSE_VERSION)
+    faults = stale(pinned)
+    for fault in faults:
+        print(fault)
+    for release in [SYNAPSE_VERSION, *(releases or OLDER)]:
+        known = answers(release)
+        print(f"\nSynapse {release}: {len(known['patterns'])} routes, {len(known['requests'])} requests\n")
+        print(
+            f"  {'layout':42} {'wrong':>6} {'to workers':>11} {'to main':>8}  of these a worker could take, and why not"
+        )
+        for layout in LAYOUTS:
+            found = compare(known, layout)
+            faults += found["wrong"]
+            whys = ", ".join(f"{count}: {why}" for why, count in sorted(found["whys"].items()))
+            print(f"  {layout:42} {len(found['wrong']):6} {found['to workers']:11} {found['to main']:8}  {whys}")
+            for line in found["wrong"]:
+                print(f"    {line}")
+        if release != SYNAPSE_VERSION:
+            print(f"\n  What it registers otherwise than {SYNAPSE_VERSION}:")
+            for line in differences(pinned, known) or ["nothing"]:
+                print(f"    {line}")
+    print(f"\n{len(faults)} faults")
+    return 1 if faults else 0
+
+
+# --- What Synapse answers -------------------------------------------------------------------------------
+
+
+@functools.cache
+def answers(release):
+    """What ask_synapse.py finds of a release, of every kind of process that is in a layout."""
+    script = HERE / "ask_synapse.py"
+    kinds = {
+        kind_of(process): json.loads(kind_of(process))
+        for layout in LAYOUTS
+        for process in plan(layout, release)["processes"]
+        if process["public_socket"]
+    }
+    progress(f"Synapse {release} is asked")
+    done = subprocess.run(
+        [sys.executable, "-s", "-W", "ignore", script],
+        input=json.dumps(kinds),
+        env={**os.environ, "PYTHONPATH": str(installed(release))},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"Synapse {release}: {done.stderr[-5000:]}")
+    return json.loads(done.stdout)
+
+
+def installed(release):
+    """The directory that a release is installed in."""
+    target = CACHE / "routes" / f"synapse-{release}"
+    with locked("routes"):
+        if not target.exists():
+            progress(f"Synapse {release} is installed from PyPI")
+            making = target.with_suffix(".new")
+            shutil.rmtree(making, ignore_errors=True)
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-qq",
+                "--disable-pip-version-check",
+                "--only-binary",
+                ":all:",
+            ]
+            subprocess.run([*pip, "--target", making, f"matrix-synapse[oidc,redis]=={release}"], check=True)
+            making.rename(target)
+    return target
+
+
+def kind_of(process):
+    """What decides what a process registers: the app, the resources of its public listener, the media repository."""
+    public = [
+        it
+        for it in process["config"].get("listeners", process["config"].get("worker_listeners"))
+        if it["path"] == process["public_socket"]
+    ]
+    resources = public[0]["resources"][0]["names"]
+    media = process["config"].get("enable_media_repo", "media" in resources)
+    return json.dumps({"app": process["app"], "resources": resources, "media": media})
+
+
+# --- What nginx does ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def minion():
+    """A minion as the unit tests have it."""
+    spec = importlib.util.spec_from_file_location("unit_conftest", ROOT / "test/unit/conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Minion()
+
+
+def plan(layout, release, run="/run/matrix-synapse"):
+    workers = {f"workers:{key}": value for key, value in LAYOUTS[layout].items()}
+    return minion().plan({**workers, "directories:run": run, "image:version": f"v{release}"})
+
+
+def asked(planned, requests, directory):
+    """Who gets each of the requests: a process's name, or the status that nginx answers with by itself."""
+    (directory / "public").mkdir()
+    names = {process["public_socket"]: process["name"] for process in planned["processes"] if process["public_socket"]}
+    beside = "".join(
+        f"server {{ listen unix:{path}; access_log off; location / {{ add_header X-Process {name}; return 200; }} }}\n"
+        for path, name in names.items()
+    )
+    found = {}
+    with Front(directory, planned, beside) as front:
+        connection = http.client.HTTPConnection("127.0.0.1", front.client)
+        for request in requests:
+            connection.request(*request.split(" ", 1))
+            answer = connection.getresponse()
+            answer.read()
+            found[request] = answer.headers.get("X-Process", answer.status)
+        connection.close()
+    return found
+
+
+# --- The comparison -------------------------------------------------------------------------------------
+
+
+def compare(known, layout):
+    """What is wrong in a layout, a sentence each, and how many requests went where."""
+    release = known["release"]
+    with tempfile.TemporaryDirectory(prefix="routes") as directory:
+        planned = plan(layout, release, run=directory)
+        found = asked(planned, known["requests"], pathlib.Path(directory))
+    processes = {process["name"]: process for process in planned["processes"]}
+    result = {"wrong": [], "to workers": 0, "to main": 0, "whys": {}}
+    for request, who in found.items():
+        able = [name for name, process in processes.items() if can_answer(process, request, known, planned)]
+        path = request.split(" ", 1)[1]
+        if NOT_PUBLIC.fullmatch(path):
+            if who != 404:
+                result["wrong"].append(f"{request} is not for the public, and reaches {who}")
+        elif who not in able and able:
+            result["wrong"].append(f"{request} reaches {who}, and should reach {' or '.join(able)}")
+        elif processes.get(who, {}).get("type") == "main":
+            result["to main"] += 1
+            unused = {processes[name]["type"] for name in able} - {"main"}
+            why = reason(request, release, unused) if unused else None
+            if why:
+                result["whys"][why] = result["whys"].get(why, 0) + 1
+            elif unused:
+                result["wrong"].append(
+                    f"{request} reaches main for no reason given, and {' or '.join(unused)} could take it"
+                )
+        else:
+            result["to workers"] += 1
+    return result
+
+
+def can_answer(process, request, known, planned):
+    """Whether a process would answer a request neither with 404 or 405, nor with 500 for being the wrong one."""
+    if not process["public_socket"]:
+        return False
+    servlet = known["requests"][request].get(kind_of(process))
+    stream, methods = WRITERS.get(servlet, (None, []))
+    if stream and request.split()[0] in methods:
+        return process["name"] in planned["shared"]["stream_writers"].get(stream, [planned["processes"][0]["name"]])
+    return bool(servlet) and (process["type"] == "main" or servlet not in MAIN_ALONE)
+
+
+def reason(request, release, unused):
+    """Why the data leaves a request to main that workers of these types could take; None if it does not say."""
+    method, path = request.split(" ", 1)
+    routes = minion().synapse_workers.matches(DATA["routes"], release)
+    route = next((route for route, match in routes if re.match(match, f"{method}:{path}")), None)
+    if route is None:
+        return None
+    if "why" in route:
+        return route["why"]
+    if "generic" in unused or unused >= SPECIALISED or unused & set(route.get("workers", [])):
+        return None
+    return "it is not what such a worker is for"
+
+
+def stale(known):
+    """Paths of the data that nothing in Synapse registers."""
+    keys = [request.replace(" ", ":", 1) for request in known["requests"]]
+    return [
+        f"routes.yaml has a route that Synapse {known['release']} does not register: {match}"
+        for _, match in minion().synapse_workers.matches(DATA["routes"], known["release"])
+        if not any(re.match(match, key) for key in keys)
+    ]
+
+
+def differences(before, after):
+    """What a release registers otherwise than another, a line each."""
+
+    def by(known):
+        return {
+            f"{method:6} {pattern}": "workers too" if any("generic_worker" in kind for kind in kinds) else "main alone"
+            for method, pattern, kinds in known["patterns"]
+        }
+
+    old, new = by(before), by(after)
+    lines = [f"more: {route} ({new[route]})" for route in sorted(new.keys() - old.keys())]
+    lines += [f"less: {route} ({old[route]})" for route in sorted(old.keys() - new.keys())]
+    lines += [
+        f"{route}: {new[route]}, not {old[route]}"
+        for route in sorted(old.keys() & new.keys())
+        if old[route] != new[route]
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
