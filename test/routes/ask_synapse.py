@@ -281,7 +281,10 @@ def part(kind, value):
     kind = str(kind)
     if kind == "LITERAL":
         return [chr(value)]
-    if kind in ("ANY", "NOT_LITERAL"):
+    if kind == "ANY":
+        # By itself it is a full stop that nobody escaped.
+        return ["."]
+    if kind == "NOT_LITERAL":
         return ["x"]
     if kind == "IN":
         negated = str(value[0][0]) == "NEGATE"
@@ -292,7 +295,8 @@ def part(kind, value):
         return [text for branch in value[1] for text in texts(branch)]
     if kind in ("MAX_REPEAT", "MIN_REPEAT"):
         least, most, repeated = value
-        once = [text * max(least, 1) for text in texts(repeated)]
+        anything = [str(node) for node, _ in repeated] == ["ANY"]
+        once = ["x" * max(least, 1)] if anything else [text * max(least, 1) for text in texts(repeated)]
         return ["", *once] if (least, int(most)) == (0, 1) else once
     # Ends, and what looks ahead: examples() sees whether they hold.
     return [""]

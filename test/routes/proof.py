@@ -82,13 +82,14 @@ MAIN_ALONE = {
     "SsoRedirectServlet",
     "CasTicketServlet",
     "PickIdpResource",
-    "UsernameAvailabilityResource",
+    "AvailabilityCheckResource",
     "AccountDetailsResource",
     "NewUserConsentResource",
     "SsoRegisterResource",
     "OIDCCallbackResource",
     "OIDCBackchannelLogoutResource",
     "MSC4108RendezvousSessionResource",
+    "SAML2Resource",
 }
 
 # Not for the public: nginx answers these itself, or not at all.
@@ -213,13 +214,16 @@ def asked(planned, requests, directory):
     )
     found = {}
     with Front(directory, planned, beside) as front:
-        connection = http.client.HTTPConnection("127.0.0.1", front.client)
+        homeservers, clients = (http.client.HTTPConnection("127.0.0.1", it) for it in (front.federation, front.client))
         for request in requests:
-            connection.request(*request.split(" ", 1))
+            method, path = request.split(" ", 1)
+            connection = homeservers if path.startswith(("/_matrix/federation/", "/_matrix/key/")) else clients
+            connection.request(method, path)
             answer = connection.getresponse()
             answer.read()
             found[request] = answer.headers.get("X-Process", answer.status)
-        connection.close()
+        homeservers.close()
+        clients.close()
     return found
 
 
@@ -229,9 +233,10 @@ def asked(planned, requests, directory):
 def compare(known, layout):
     """What is wrong in a layout, a sentence each, and how many requests went where."""
     release = known["release"]
+    requests = [*known["requests"], *(f"HEAD {it[4:]}" for it in known["requests"] if it.startswith("GET "))]
     with tempfile.TemporaryDirectory(prefix="routes") as directory:
         planned = plan(layout, release, run=directory)
-        found = asked(planned, known["requests"], pathlib.Path(directory))
+        found = asked(planned, requests, pathlib.Path(directory))
     processes = {process["name"]: process for process in planned["processes"]}
     result = {"wrong": [], "to workers": 0, "to main": 0, "whys": {}}
     for request, who in found.items():
@@ -261,7 +266,7 @@ def can_answer(process, request, known, planned):
     """Whether a process would answer a request neither with 404 or 405, nor with 500 for being the wrong one."""
     if not process["public_socket"]:
         return False
-    servlet = known["requests"][request].get(kind_of(process))
+    servlet = known["requests"][request.replace("HEAD ", "GET ")].get(kind_of(process))
     stream, methods = WRITERS.get(servlet, (None, []))
     if stream and request.split()[0] in methods:
         return process["name"] in planned["shared"]["stream_writers"].get(stream, [planned["processes"][0]["name"]])
