@@ -8,7 +8,6 @@ they would answer with 404 or 405.
 Reads kinds of processes from standard input, as ``{kind: {"app", "resources", "media"}}``; writes to standard output
 
     {"release": "1.163.2",
-     "patterns": [[method, pattern, [kind, ...]], ...],
      "requests": {"METHOD /path": {kind: servlet}, ...},
      "own map": ["METHOD /path", ...]}
 
@@ -71,20 +70,19 @@ ACCOUNTS = [
 
 def main():
     kinds = json.load(sys.stdin)
-    patterns, requests, own_map = {}, {}, set()
+    requests, own_map = {}, set()
     for accounts in ACCOUNTS:
         with tempfile.TemporaryDirectory() as directory:
-            ask(settings(pathlib.Path(directory), accounts), kinds, patterns, requests, own_map)
+            ask(settings(pathlib.Path(directory), accounts), kinds, requests, own_map)
     found = {
         "release": synapse.__version__,
-        "patterns": [[method, pattern, sorted(by)] for (method, pattern), by in sorted(patterns.items())],
         "requests": dict(sorted(requests.items())),
         "own map": sorted(own_map),
     }
     json.dump(found, sys.stdout)
 
 
-def ask(base, kinds, patterns, requests, own_map):
+def ask(base, kinds, requests, own_map):
     """Add what is found with these settings."""
     processes = {}
     # Main comes first: it makes the database.
@@ -93,10 +91,8 @@ def ask(base, kinds, patterns, requests, own_map):
         if kinds[kind]["app"] == MAIN:
             processes[kind].registered()
     samples = set()
-    for kind, process in processes.items():
-        for method, pattern, paths in process.registered():
-            patterns.setdefault((method, pattern), set()).add(kind)
-            samples |= {(method, path) for path in paths}
+    for process in processes.values():
+        samples.update(process.registered())
     for kind, process in processes.items():
         for (method, path), answering in process.answers(sorted(samples)).items():
             requests.setdefault(f"{method} {path}", {})[kind] = answering
@@ -137,7 +133,7 @@ class Process:
         self.found = None
 
     def registered(self):
-        """Method, pattern and examples of all that it registers."""
+        """Method and path of requests for all that it registers."""
         self.found = self.found or self.connection.recv()
         return self.found
 
@@ -207,7 +203,6 @@ def root_of(base, kind):
             "worker_name": "worker",
             "worker_listeners": [listener],
             "instance_map": {"main": {"host": "127.0.0.1", "port": 9093}},
-            "redis": {"enabled": True},
         }
         server, listen = generic_worker.GenericWorkerServer, "_listen_http"
     parsed = parse(config)
@@ -228,14 +223,14 @@ def root_of(base, kind):
 
 
 def registered(resource, path=""):
-    """Yield method, pattern and examples of all that is registered in a tree of resources."""
+    """Yield method and path of requests for all that is registered in a tree of resources."""
     if isinstance(resource, JsonResource):
         for pattern, methods in resource._routes.items():
             for method in methods:
-                yield method.decode(), pattern.pattern, examples(pattern.pattern)
+                yield from ((method.decode(), example) for example in examples(pattern.pattern))
     elif path and answering(resource):
         for method in answering(resource):
-            yield method, f"^{re.escape(path)}$", [path]
+            yield method, path
     for name, child in resource.children.items():
         yield from registered(child, f"{path}/{name.decode()}")
 
@@ -267,17 +262,22 @@ def servlet(root, method, path):
 
 
 def examples(pattern):
-    """Texts that match a pattern: every alternative, what is optional with and without, everything else once."""
-    found = [text for text in texts(re._parser.parse(pattern)) if re.match(pattern, text)]
+    """
+    Texts that match a pattern: every alternative, what is optional with and without, everything else once; a group that may be
+    anything is its own name.
+    """
+    parsed = re._parser.parse(pattern)
+    names = {number: name for name, number in parsed.state.groupdict.items()}
+    found = [text for text in texts(parsed, names) if re.match(pattern, text)]
     assert found, pattern
     return found
 
 
-def texts(parsed):
-    return ["".join(parts) for parts in itertools.product(*[part(*node) for node in parsed])]
+def texts(parsed, names):
+    return ["".join(parts) for parts in itertools.product(*[part(*node, names) for node in parsed])]
 
 
-def part(kind, value):
+def part(kind, value, names):
     kind = str(kind)
     if kind == "LITERAL":
         return [chr(value)]
@@ -290,13 +290,14 @@ def part(kind, value):
         negated = str(value[0][0]) == "NEGATE"
         return [next(it for it in "x1!$@#:._-/" if negated is not any(holds(it, *item) for item in value))]
     if kind == "SUBPATTERN":
-        return texts(value[-1])
+        found = texts(value[-1], names)
+        return [names[value[0]]] if found == ["x"] and value[0] in names else found
     if kind == "BRANCH":
-        return [text for branch in value[1] for text in texts(branch)]
+        return [text for branch in value[1] for text in texts(branch, names)]
     if kind in ("MAX_REPEAT", "MIN_REPEAT"):
         least, most, repeated = value
         anything = [str(node) for node, _ in repeated] == ["ANY"]
-        once = ["x" * max(least, 1)] if anything else [text * max(least, 1) for text in texts(repeated)]
+        once = ["x" * max(least, 1)] if anything else [text * max(least, 1) for text in texts(repeated, names)]
         return ["", *once] if (least, int(most)) == (0, 1) else once
     # Ends, and what looks ahead: examples() sees whether they hold.
     return [""]

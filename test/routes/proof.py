@@ -102,26 +102,26 @@ SPECIALISED = {"room", "sync", "client-reader", "federation-reader"}
 def main(releases):
     pinned = answers(SYNAPSE_VERSION)
     faults = stale(pinned)
-    for fault in faults:
-        print(fault)
     for release in [SYNAPSE_VERSION, *(releases or OLDER)]:
         known = answers(release)
-        print(f"\nSynapse {release}: {len(known['patterns'])} routes, {len(known['requests'])} requests\n")
-        print(
-            f"  {'layout':42} {'wrong':>6} {'to workers':>11} {'to main':>8}  of these a worker could take, and why not"
-        )
+        reasons = {}
+        print(f"\nSynapse {release}: {len(known['requests'])} kinds of requests\n")
+        print(f"  {'layout':42} {'asked':>6} {'to workers':>11} {'to main':>8} {'wrong':>6}")
         for layout in LAYOUTS:
             found = compare(known, layout)
-            faults += found["wrong"]
-            whys = ", ".join(f"{count}: {why}" for why, count in sorted(found["whys"].items()))
-            print(f"  {layout:42} {len(found['wrong']):6} {found['to workers']:11} {found['to main']:8}  {whys}")
-            for line in found["wrong"]:
-                print(f"    {line}")
+            faults += [f"Synapse {release}, {layout}: {line}" for line in found["wrong"]]
+            counts = found["asked"], found["to workers"], found["to main"], len(found["wrong"])
+            print("  {:42} {:6} {:11} {:8} {:6}".format(layout, *counts))
+            for why, requests in found["reasons"].items():
+                reasons.setdefault(why, set()).update(requests)
+        print("\n  Of those to main, a worker could take, in one layout or another:")
+        for why, requests in reasons.items():
+            print(f"    {len(requests):4}  {why}")
         if release != SYNAPSE_VERSION:
-            print(f"\n  What it registers otherwise than {SYNAPSE_VERSION}:")
+            print(f"\n  What it answers otherwise than {SYNAPSE_VERSION}:")
             for line in differences(pinned, known) or ["nothing"]:
                 print(f"    {line}")
-    print(f"\n{len(faults)} faults")
+    print(f"\n{len(faults)} faults", *faults, sep="\n")
     return 1 if faults else 0
 
 
@@ -158,19 +158,13 @@ def installed(release):
     with locked("routes"):
         if not target.exists():
             progress(f"Synapse {release} is installed from PyPI")
-            making = target.with_suffix(".new")
+            making = target.with_name(f"{target.name}.new")
             shutil.rmtree(making, ignore_errors=True)
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "-qq",
-                "--disable-pip-version-check",
-                "--only-binary",
-                ":all:",
-            ]
-            subprocess.run([*pip, "--target", making, f"matrix-synapse[oidc,redis]=={release}"], check=True)
+            pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile"]
+            pip += ["--only-binary", ":all:", "--target", making, f"matrix-synapse[oidc]=={release}"]
+            done = subprocess.run(pip, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"Synapse {release} could not be installed:\n{done.stderr}")
             making.rename(target)
     return target
 
@@ -231,34 +225,32 @@ def asked(planned, requests, directory):
 
 
 def compare(known, layout):
-    """What is wrong in a layout, a sentence each, and how many requests went where."""
+    """What is wrong in a layout, a sentence each; how many requests went where; what main answers for which reason."""
     release = known["release"]
     requests = [*known["requests"], *(f"HEAD {it[4:]}" for it in known["requests"] if it.startswith("GET "))]
     with tempfile.TemporaryDirectory(prefix="routes") as directory:
         planned = plan(layout, release, run=directory)
         found = asked(planned, requests, pathlib.Path(directory))
     processes = {process["name"]: process for process in planned["processes"]}
-    result = {"wrong": [], "to workers": 0, "to main": 0, "whys": {}}
+    main_name = planned["processes"][0]["name"]
+    result = {"asked": len(found), "to workers": 0, "to main": 0, "wrong": [], "reasons": {}}
     for request, who in found.items():
         able = [name for name, process in processes.items() if can_answer(process, request, known, planned)]
-        path = request.split(" ", 1)[1]
-        if NOT_PUBLIC.fullmatch(path):
+        unused = {processes[name]["type"] for name in able} - {"main"}
+        result["to main"] += who == main_name
+        result["to workers"] += who in processes and who != main_name
+        if NOT_PUBLIC.fullmatch(request.split(" ", 1)[1]):
             if who != 404:
                 result["wrong"].append(f"{request} is not for the public, and reaches {who}")
-        elif who not in able and able:
+        elif able and who not in able:
             result["wrong"].append(f"{request} reaches {who}, and should reach {' or '.join(able)}")
-        elif processes.get(who, {}).get("type") == "main":
-            result["to main"] += 1
-            unused = {processes[name]["type"] for name in able} - {"main"}
-            why = reason(request, release, unused) if unused else None
+        elif who == main_name and unused:
+            why = reason(request, release, unused)
             if why:
-                result["whys"][why] = result["whys"].get(why, 0) + 1
-            elif unused:
-                result["wrong"].append(
-                    f"{request} reaches main for no reason given, and {' or '.join(unused)} could take it"
-                )
-        else:
-            result["to workers"] += 1
+                result["reasons"].setdefault(why, []).append(request)
+            else:
+                could = " or ".join(sorted(unused))
+                result["wrong"].append(f"{request} reaches main for no reason given, and {could} could take it")
     return result
 
 
@@ -288,12 +280,16 @@ def reason(request, release, unused):
 
 
 def stale(known):
-    """Paths of the data that nothing in Synapse registers."""
+    """Paths of the data that nothing in Synapse registers, and requests where Synapse's own map is of another opinion."""
     keys = [request.replace(" ", ":", 1) for request in known["requests"]]
     return [
         f"routes.yaml has a route that Synapse {known['release']} does not register: {match}"
         for _, match in minion().synapse_workers.matches(DATA["routes"], known["release"])
         if not any(re.match(match, key) for key in keys)
+    ] + [
+        f"Synapse's own map says that a worker answers {request}, and none does"
+        for request in known["own map"]
+        if not any("generic_worker" in kind for kind in known["requests"].get(request, []))
     ]
 
 
@@ -302,19 +298,15 @@ def differences(before, after):
 
     def by(known):
         return {
-            f"{method:6} {pattern}": "workers too" if any("generic_worker" in kind for kind in kinds) else "main alone"
-            for method, pattern, kinds in known["patterns"]
+            request: "workers too" if any("generic_worker" in kind for kind in kinds) else "main alone"
+            for request, kinds in known["requests"].items()
         }
 
     old, new = by(before), by(after)
-    lines = [f"more: {route} ({new[route]})" for route in sorted(new.keys() - old.keys())]
-    lines += [f"less: {route} ({old[route]})" for route in sorted(old.keys() - new.keys())]
-    lines += [
-        f"{route}: {new[route]}, not {old[route]}"
-        for route in sorted(old.keys() & new.keys())
-        if old[route] != new[route]
-    ]
-    return lines
+    lines = [f"more: {request} ({new[request]})" for request in sorted(new.keys() - old.keys())]
+    lines += [f"less: {request} ({old[request]})" for request in sorted(old.keys() - new.keys())]
+    both = sorted(old.keys() & new.keys())
+    return lines + [f"{it}: {new[it]}, not {old[it]}" for it in both if new[it] != old[it]]
 
 
 if __name__ == "__main__":
