@@ -24,7 +24,10 @@ import tempfile
 
 import yaml
 from front import ROOT, Front
-from host import CACHE, SYNAPSE_VERSION, locked, progress
+
+sys.path.insert(0, str(ROOT / "test/host"))
+
+from host import CACHE, SYNAPSE_VERSION, locked, progress  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 DATA = {name: yaml.safe_load((ROOT / f"synapse/data/{name}.yaml").read_text()) for name in ("routes", "workers")}
