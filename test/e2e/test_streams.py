@@ -4,8 +4,10 @@ the proof of the routes takes from what Synapse registers, seen once for real.
 """
 
 import copy
+import json
 import os
 import re
+import urllib.parse
 
 import pytest
 from conftest import PILLAR
@@ -48,7 +50,7 @@ def owners(deployment):
 @pytest.fixture(scope="module")
 def alice(deployment):
     """A user who may use the admin API."""
-    alice = deployment.user("alice")
+    alice = deployment.user()
     query = f"update users set admin = 1 where name = '{alice.id}' returning name"
     assert alice.id in deployment.host.run("runuser", "-u", "postgres", "--", "psql", "synapse", "-c", query).stdout
     return alice
@@ -56,7 +58,7 @@ def alice(deployment):
 
 @pytest.fixture(scope="module")
 def names(alice):
-    """What stands in the requests below."""
+    """What stands in the paths below."""
     room = alice.room()
     media = alice.ask("POST", "/_matrix/media/v3/upload", b"text", **{"Content-Type": "text/plain"})["content_uri"]
     found = {
@@ -65,74 +67,64 @@ def names(alice):
         "user": alice.id,
         "device": alice.ask("GET", "/_matrix/client/v3/account/whoami")["device_id"],
     }
-    return {
-        **{key: quote(value) for key, value in found.items()},
-        "media": media.removeprefix("mxc://"),
-        "EVENT": found["event"],
-    }
+    return {key: quote(value) for key, value in found.items()} | {"media": media.removeprefix("mxc://")}
 
 
 CLIENT = "/_matrix/client/v3"
+THREAD = "/_matrix/client/unstable/io.element.msc4306/rooms/{room}/thread/{event}"
+# Owner, method, path, body. The writes of streams come first.
 REQUESTS = [
     ("typing", "PUT", CLIENT + "/rooms/{room}/typing/{user}", {"typing": True, "timeout": 1000}),
-    ("to_device", "PUT", CLIENT + "/sendToDevice/m.test/1", {"messages": {"@alice:example.org": {"*": {"a": 1}}}}),
+    ("to_device", "PUT", CLIENT + "/sendToDevice/m.test/1", {"messages": {"USER": {"*": {"a": 1}}}}),
     ("account_data", "PUT", CLIENT + "/user/{user}/account_data/m.test", {"a": 1}),
     ("account_data", "PUT", CLIENT + "/user/{user}/rooms/{room}/tags/u.work", {"order": 0.5}),
     ("receipts", "POST", CLIENT + "/rooms/{room}/receipt/m.read/{event}", {}),
     ("receipts", "POST", CLIENT + "/rooms/{room}/read_markers", {"m.read": "EVENT", "m.fully_read": "EVENT"}),
     ("presence", "PUT", CLIENT + "/presence/{user}/status", {"presence": "online"}),
     ("push_rules", "PUT", CLIENT + "/pushrules/global/room/{room}", {"actions": ["notify"]}),
-    ("push_rules", "GET", CLIENT + "/pushrules/", {}),
-    ("push_rules", "DELETE", CLIENT + "/pushrules/global/room/{room}", {}),
+    ("push_rules", "DELETE", CLIENT + "/pushrules/global/room/{room}", None),
     ("device_lists", "PUT", CLIENT + "/devices/{device}", {"display_name": "a name"}),
-    (
-        "thread_subscriptions",
-        "PUT",
-        "/_matrix/client/unstable/io.element.msc4306/rooms/{room}/thread/{event}/subscription",
-        {},
-    ),
+    ("thread_subscriptions", "PUT", THREAD + "/subscription", {}),
     ("quarantined_media_changes", "POST", "/_synapse/admin/v1/media/quarantine/{media}", {}),
     ("quarantined_media_changes", "POST", "/_synapse/admin/v1/media/unquarantine/{media}", {}),
-    ("room", "GET", CLIENT + "/rooms/{room}/messages?dir=b", {}),
-    ("sync", "GET", CLIENT + "/sync?timeout=0", {}),
-    ("client-reader", "GET", CLIENT + "/account/whoami", {}),
-    ("federation-reader", "GET", "/_matrix/federation/v1/version", {}),
-    ("user-directory", "POST", CLIENT + "/user_directory/search", {"search_term": "alice"}),
-    ("media-repository", "GET", "/_matrix/client/v1/media/download/{media}", {}),
-    ("main", "GET", CLIENT + "/pushers", {}),
+    ("push_rules", "GET", CLIENT + "/pushrules/", None),
+    ("room", "GET", CLIENT + "/rooms/{room}/messages?dir=b", None),
+    ("sync", "GET", CLIENT + "/sync?timeout=0", None),
+    ("client-reader", "GET", CLIENT + "/account/whoami", None),
+    ("federation-reader", "GET", "/_matrix/federation/v1/version", None),
+    ("user-directory", "POST", CLIENT + "/user_directory/search", {"search_term": "user"}),
+    ("media-repository", "GET", "/_matrix/client/v1/media/download/{media}", None),
+    ("main", "GET", CLIENT + "/pushers", None),
 ]
 
 
 def test_each_request_is_answered_by_its_owner(deployment, owners, alice, names):
     """The user agent tells the requests apart in nginx's log."""
+    event = urllib.parse.unquote(names["event"])
     for number, (_, method, path, body) in enumerate(REQUESTS):
-        body = {
-            key: names.get(value, value) if isinstance(value, str) else value for key, value in (body or {}).items()
-        }
-        alice.ask(
-            method, path.format(**names), None if method == "GET" else body, **{"User-Agent": f"request {number}"}
-        )
+        body = body and json.loads(json.dumps(body).replace("EVENT", event).replace("USER", alice.id))
+        alice.ask(method, path.format(**names), body, **{"User-Agent": f"request {number}"})
     log = deployment.host.read(LOG)
     answered = {}
     for number, (owner, method, path, _) in enumerate(REQUESTS):
-        line = re.search(rf'^.* to unix:\S*/(\S+)[.]sock: (\d+) .*"request {number}"$', log, re.MULTILINE)
-        answered[f"{owner}: {method} {path}"] = (line[1] in owners[owner], line[2])
-    assert answered == dict.fromkeys(answered, (True, "200"))
+        lines = re.findall(rf'^.* to unix:\S*/(\S+)[.]sock: (\d+) .*"request {number}"$', log, re.MULTILINE)
+        name, status = lines[-1]
+        answered[f"{method} {path}"] = (owner if name in owners[owner] else name, status)
+    assert answered == {f"{method} {path}": (owner, "200") for owner, method, path, _ in REQUESTS}
 
 
 def test_an_event_is_persisted_by_the_writer_of_events(deployment, owners, alice, names):
     """nginx does not see it: the process that was asked passes it on."""
     (writer,) = owners["events"]
+    socket = f"/run/matrix-synapse/private/{writer}.sock"
 
     def persisted():
-        command = (
-            f"curl --silent --unix-socket /run/matrix-synapse/private/{writer}.sock http://localhost/_synapse/metrics"
+        metrics = deployment.host.run("curl", "--silent", "--unix-socket", socket, "http://localhost/_synapse/metrics")
+        counted = re.findall(
+            r"^synapse_http_server_response_count_total\{.*ReplicationSendEvent.* (\S+)$", metrics.stdout, re.M
         )
-        metric = "synapse_http_server_response_count_total"
-        lines = deployment.host.sh(command).stdout.splitlines()
-        counts = [line for line in lines if line.startswith(metric) and "ReplicationSendEvent" in line]
-        return sum(float(line.split()[-1]) for line in counts)
+        return sum(map(float, counted))
 
     before = persisted()
-    alice.ask("PUT", f"{CLIENT}/rooms/{names['room']}/send/m.room.message/1", {"msgtype": "m.text", "body": "hello"})
+    alice.say(urllib.parse.unquote(names["room"]), "hello")
     assert persisted() > before
