@@ -9,11 +9,13 @@ import os
 import re
 import urllib.parse
 
+import proof
 import pytest
 from conftest import PILLAR
 from deployment import Deployment, quote
 from host import Host
 
+STREAMS = proof.DATA["workers"]["streams"]
 LOG = "/var/log/nginx/matrix-synapse.access.log"
 
 
@@ -111,6 +113,23 @@ def test_each_request_is_answered_by_its_owner(deployment, owners, alice, names)
         name, status = lines[-1]
         answered[f"{method} {path}"] = (owner if name in owners[owner] else name, status)
     assert answered == {f"{method} {path}": (owner, "200") for owner, method, path, _ in REQUESTS}
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "path", "body"), [it for it in REQUESTS if it[0] in STREAMS and it[1] != "GET"]
+)
+def test_a_write_on_another_process_fails_or_is_passed_on_as_the_proof_has_it(
+    owner, method, path, body, deployment, owners, alice, names
+):
+    others = ["media-repository"] if owner == "quarantined_media_changes" else ["main", "client-reader"]
+    fails = owner in {stream for stream, _ in proof.WRITERS.values()}
+    body = json.dumps(body).replace("EVENT", urllib.parse.unquote(names["event"])).replace("USER", alice.id)
+    for other in others:
+        socket = f"/run/matrix-synapse/public/{owners[other][0]}.sock"
+        command = ["curl", "--silent", "--unix-socket", socket, "--request", method, "--data", body, "--header", "@-"]
+        command += ["--write-out", "%{http_code}", "--output", "/dev/null", f"http://localhost{path.format(**names)}"]
+        done = deployment.host.run(*command, input=f"Authorization: Bearer {alice.token}\n")
+        assert (other, done.stdout) == (other, "500" if fails else "200")
 
 
 def test_an_event_is_persisted_by_the_writer_of_events(deployment, owners, alice, names):
