@@ -245,8 +245,8 @@ def compare(known, layout):
         if NOT_PUBLIC.fullmatch(request.split(" ", 1)[1]):
             if who != 404:
                 result["wrong"].append(f"{request} is not for the public, and reaches {who}")
-        elif able and who not in able:
-            result["wrong"].append(f"{request} reaches {who}, and should reach {' or '.join(able)}")
+        elif who not in able and registers(processes.values(), request, known):
+            result["wrong"].append(f"{request} reaches {who}, and should reach {' or '.join(able) or 'nobody here'}")
         elif who == main_name and unused:
             why = reason(request, release, unused)
             if why:
@@ -257,11 +257,19 @@ def compare(known, layout):
     return result
 
 
+def registers(processes, request, known):
+    """Whether any of the processes has a servlet for a request."""
+    return any(servlet_of(process, request, known) for process in processes)
+
+
+def servlet_of(process, request, known):
+    kinds = known["requests"][request.replace("HEAD ", "GET ")]
+    return kinds.get(kind_of(process)) if process["public_socket"] else None
+
+
 def can_answer(process, request, known, planned):
     """Whether a process would answer a request neither with 404 or 405, nor with 500 for being the wrong one."""
-    if not process["public_socket"]:
-        return False
-    servlet = known["requests"][request.replace("HEAD ", "GET ")].get(kind_of(process))
+    servlet = servlet_of(process, request, known)
     stream, methods = WRITERS.get(servlet, (None, []))
     if stream and request.split()[0] in methods:
         return process["name"] in planned["shared"]["stream_writers"].get(stream, [planned["processes"][0]["name"]])
