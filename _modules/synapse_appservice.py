@@ -66,7 +66,7 @@ def faults():
         return [str(err)]
 
 
-def registrations():
+def registrations(**kwargs):
     """
     Return the registrations that Synapse shall know, a list of dicts sorted by id:
 
@@ -77,7 +77,7 @@ def registrations():
         The file that Synapse reads it from.
 
     ``registration``
-        What stands in that file. It holds secrets.
+        What stands in that file. It holds secrets, which a job of its own does not get.
 
     ``missing_tokens``
         Whether it still lacks a token, because :func:`ensure_tokens` did not run yet.
@@ -92,12 +92,14 @@ def registrations():
         salt-call synapse_appservice.registrations
     """
     settings = _settings()
-    return [_complete(settings, *located) for located in sorted(_located(settings, _hooked(settings)))]
+    found = [_complete(settings, *located) for located in sorted(_located(settings, _hooked(settings)))]
+    return [{**item, "registration": _for(kwargs, item["registration"])} for item in found]
 
 
-def tokens(name):
+def tokens(name, **kwargs):
     """
-    Return ``as_token`` and ``hs_token`` of an appservice, for the configuration of the appservice itself.
+    Return ``as_token`` and ``hs_token`` of an appservice, for the configuration of the appservice itself. A job of its own
+    does not get them.
 
     While they are not made yet, a test run gets a text in their place, and any other an error: so let
     ``file.managed`` call this from a template, which is rendered when its turn has come, not from an SLS.
@@ -111,13 +113,14 @@ def tokens(name):
 
         salt-call synapse_appservice.tokens whatsapp
     """
-    complete = registration(name)
+    complete = registration(name, **kwargs)
     return {token: complete[token] for token in TOKENS}
 
 
-def registration(name):
+def registration(name, **kwargs):
     """
-    Return the complete registration of an appservice, for an appservice that reads it itself.
+    Return the complete registration of an appservice, for an appservice that reads it itself. A job of its own does not get
+    the secrets in it.
 
     As for :func:`tokens`, a test run gets a text in the place of a token that is not made yet.
 
@@ -138,7 +141,7 @@ def registration(name):
     lacking = _lacking(complete)
     if lacking and not __opts__.get("test"):
         raise CommandExecutionError(f"The tokens of the appservice {name} are not made yet")
-    return {**complete, **dict.fromkeys(lacking, TOKEN_TO_COME)}
+    return _for(kwargs, {**complete, **dict.fromkeys(lacking, TOKEN_TO_COME)})
 
 
 def homeserver(appservice=None):
@@ -150,7 +153,7 @@ def homeserver(appservice=None):
 
     ``url``
         The address of the client API: ``host`` for a program on the host, ``container`` for one in a
-        container. Without the formula's nginx both are ``synapse:public_base_url``.
+        container. Without the formula's nginx both are the URL that clients use.
 
     ``host_address``
         The address of the host as the homeserver sees it, for the ``url`` of an appservice that runs on the
@@ -190,9 +193,10 @@ def homeserver(appservice=None):
     """
     settings = _settings()
     url = {key: f"http://{address}" for key, address in _addresses(settings).items()}
+    public = __salt__["synapse_pillar.public_base_url"](settings)
     about = {
         "server_name": settings["server_name"],
-        "url": url or {"host": settings["public_base_url"], "container": settings["public_base_url"]},
+        "url": url or {"host": public, "container": public},
         "host_address": _gateway(settings),
         "unit": MAIN_UNIT,
         "after": [f"{process['name']}.service" for process in _processes(settings)],
@@ -284,9 +288,10 @@ def renew_tokens(name):
     return sorted(kept)
 
 
-def entry(name):
+def entry(name, **kwargs):
     """
-    Return what the state ``synapse_appservice.registered`` stored for an appservice, None if nothing.
+    Return what the state ``synapse_appservice.registered`` stored for an appservice, None if nothing. A job of its own does
+    not get the secrets in it.
 
     name
         The appservice's id.
@@ -298,7 +303,10 @@ def entry(name):
         salt-call synapse_appservice.entry whatsapp
     """
     _check_name(name)
-    return _hooked(_settings()).get(name)
+    found = _hooked(_settings()).get(name)
+    if found and "registration" in found:
+        return {**found, "registration": _for(kwargs, found["registration"])}
+    return found
 
 
 def store(name, registration=None, file=None, arguments=None, test=False):
@@ -390,6 +398,13 @@ def difference(old, new):
 def _flat(entry):
     """The file and the arguments of an entry, and each key of its registration."""
     return {**{key: value for key, value in entry.items() if key != "registration"}, **entry.get("registration", {})}
+
+
+def _for(kwargs, registration):
+    """A registration for who called a function with these ``**kwargs``: see ``synapse_pillar.is_job``."""
+    if not __salt__["synapse_pillar.is_job"](kwargs):
+        return registration
+    return {key: _shown(key, value) for key, value in registration.items()}
 
 
 def _shown(key, value):

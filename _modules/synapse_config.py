@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets as random_secrets
 import shutil
 import stat
@@ -35,6 +36,12 @@ OWNER, MODE = 0, 0o640
 
 POSTGRES_SOCKETS = "/run/postgresql"
 REDIS_SOCKETS = "/run/redis-synapse"
+
+# Stands beside the files until Synapse has accepted them.
+CANDIDATE = ".candidate-"
+
+# The options of `docker create` that decide what a process can read. Some others need a network.
+READING_OPTIONS = ("--mount=", "--volume", "-v", "--tmpfs=", "--env", "-e", "--group-add=")
 
 CHECK_SCRIPT = "salt://synapse/config/files/check.py"
 HEADER = "# Written by synapse-formula from the pillar: a change made here is lost at the next state.apply.\n"
@@ -68,16 +75,26 @@ def _texts():
 
 def _files(settings, plan, registrations):
     directory = settings["directories"]["config"]
-    wanted = {f"{directory}/homeserver.yaml": homeserver(settings, plan, registrations)}
+    shared = homeserver(settings, plan, registrations)
+    wanted = {f"{directory}/homeserver.yaml": shared}
     for process in plan["processes"]:
         wanted[process["log_config"]] = _log(settings, process["log_level"])
         if process["type"] != "main":
-            wanted[process["config_files"][-1]] = process["config"]
+            wanted[process["config_files"][-1]] = _whole_sections(shared, process["config"])
     wanted.update({registration["path"]: registration["registration"] for registration in registrations})
     texts = {path: HEADER + _yaml(data) for path, data in wanted.items()}
     # Among the data: names outlive `synapse.clean`, as the database does.
     texts[f"{settings['directories']['data']}/roster.json"] = json.dumps(plan["roster"], indent=1) + "\n"
     return texts
+
+
+def _whole_sections(shared, own):
+    """
+    A worker's own settings. Synapse takes each section from the last file that has it, so what the others say in it stands
+    here as well.
+    """
+    sections = {key: shared[key] for key, value in own.items() if isinstance(value, dict) and key in shared}
+    return __salt__["synapse_pillar.merge"](sections, own)
 
 
 def _read_by_each(processes):
@@ -107,7 +124,7 @@ def homeserver(settings, plan, registrations):
     main = plan["processes"][0]
     config = {
         "server_name": settings["server_name"],
-        "public_baseurl": settings["public_base_url"] or f"https://{settings['server_name']}/",
+        "public_baseurl": __salt__["synapse_pillar.public_base_url"](settings),
         "report_stats": False,
         "suppress_key_server_warning": True,
         "enable_metrics": settings["metrics"],
@@ -255,7 +272,7 @@ def _leftovers(settings):
     """The paths of what a run that was killed while it wrote has left: it may hold a password."""
     config, data = (pathlib.Path(settings["directories"][name]) for name in ("config", "data"))
     patterns = {
-        config: (".candidate-*", "*.new", "workers/*.new", "appservices/*.new"),
+        config: (f"{CANDIDATE}*", "*.new", "workers/*.new", "appservices/*.new"),
         data: ("secrets/*.new", "roster.json.new"),
     }
     return [str(path) for directory in patterns for pattern in patterns[directory] for path in directory.glob(pattern)]
@@ -298,18 +315,20 @@ def write(image):
     texts = {**files(), accepted_by: image}
     directory = settings["directories"]["config"]
     _, gid = identity()
-    candidate = tempfile.mkdtemp(prefix=".candidate-", dir=directory)
+    candidate = tempfile.mkdtemp(prefix=CANDIDATE, dir=directory)
     try:
         os.chmod(candidate, 0o750)
         os.chown(candidate, OWNER, gid)
-        for path, text in files().items():
-            if path.startswith(directory + "/"):
-                _put(os.path.join(candidate, os.path.relpath(path, directory)), text, gid)
+        own = {
+            os.path.relpath(path, directory): text for path, text in files().items() if path.startswith(directory + "/")
+        }
+        _copy_operators_files(directory, candidate, {path.split("/")[0] for path in own})
+        for path, text in own.items():
+            _put(os.path.join(candidate, path), text, gid)
         other = {path for path in changed if _read(path) != texts[path]}
-        _check(candidate, set(texts) if accepted_by in other else other, image, settings)
+        _check(candidate, set(texts) if accepted_by in other else other, image)
         for path in changed:
-            _put(path + ".new", texts[path], gid)
-            os.replace(path + ".new", path)
+            _replace(path, texts[path], gid)
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
     return changed
@@ -321,6 +340,23 @@ def _make_directory(path, gid):
         os.chown(path, OWNER, gid)
 
 
+def _replace(path, text, gid):
+    """Replace a file as a whole: after a power failure as well, it is the one before or this one."""
+    new = f"{path}.new"
+    _put(new, text, gid)
+    _sync(new)
+    os.replace(new, path)
+    _sync(os.path.dirname(path))
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _put(path, text, gid):
     _make_directory(os.path.dirname(path), gid)
     with salt.utils.files.fopen(path, "w", encoding="utf-8", opener=lambda p, flags: os.open(p, flags, MODE)) as handle:
@@ -330,40 +366,42 @@ def _put(path, text, gid):
     os.chmod(path, MODE)
 
 
-def _check(candidate, changed, image, settings):
-    """Have Synapse parse the configuration of each process that reads a changed file."""
-    directories = settings["directories"]
-    processes = __salt__["synapse_workers.plan"]()["processes"]
-    read = _read_by_each(processes)
-    readers = {
-        process["name"]: process["config_files"] for process in processes if changed.intersection(read[process["name"]])
-    }
-    if not readers:
-        return
-    uid, gid = identity()
-    command = [
-        "docker",
-        "run",
-        "--rm",
-        "--interactive",
-        "--init",
-        "--read-only",
-        "--network",
-        "none",
-        "--pull",
-        "never",
+def _copy_operators_files(directory, candidate, own):
+    """What else stands in the directory of the configuration, Synapse may read while it parses: as it is."""
+    others = [
+        os.path.join(directory, name)
+        for name in os.listdir(directory)
+        if name not in own and not name.startswith(CANDIDATE)
     ]
-    command += ["--user", f"{uid}:{gid}", "--cap-drop", "ALL", "--tmpfs", "/tmp", "--env", "PYTHONDONTWRITEBYTECODE=1"]
-    for source, target in (
-        (candidate, directories["config"]),
-        (f"{directories['data']}/secrets", f"{directories['data']}/secrets"),
-        (f"{directories['data']}/media", f"{directories['data']}/media"),
-    ):
-        command += ["--mount", f"type=bind,source={source},target={target},readonly"]
-    command += ["--entrypoint", "python3", image, "-c", __salt__["cp.get_file_str"](CHECK_SCRIPT)]
-    done = __salt__["cmd.run_all"](command, stdin=json.dumps(readers), python_shell=False, output_loglevel="debug")
-    if done["retcode"] != 0:
-        said = (done["stdout"] or done["stderr"]).strip().splitlines()[-20:]
+    if others:
+        command = ["cp", "--archive", f"--target-directory={candidate}", "--", *others]
+        done = __salt__["cmd.run_all"](command, python_shell=False, output_loglevel="debug")
+        if done["retcode"] != 0:
+            raise CommandExecutionError(done["stderr"])
+
+
+def _check(candidate, changed, image):
+    """
+    Have Synapse parse the configuration of each process that reads a changed file, in a container that shows it what the
+    process's own does; one for all that are shown the same.
+    """
+    processes = __salt__["synapse_workers.plan"]()["processes"]
+    common = [word for appservice in __salt__["synapse_appservice.registrations"]() for word in appservice["arguments"]]
+    read, readers = _read_by_each(processes), {}
+    for process in processes:
+        if changed.intersection(read[process["name"]]):
+            words = [*common, *process["arguments"]]
+            shown = tuple(dict.fromkeys(word for word in words if word.startswith(READING_OPTIONS)))
+            readers.setdefault(shown, {})[process["name"]] = process["config_files"]
+    base, script = __salt__["synapse_process.base_arguments"](candidate), __salt__["cp.get_file_str"](CHECK_SCRIPT)
+    said = []
+    for shown, files_of in readers.items():
+        command = ["docker", "run", "--rm", "--interactive", "--network=none", *base, *shown]
+        command += ["--entrypoint=python3", image, "-c", script]
+        done = __salt__["cmd.run_all"](command, stdin=json.dumps(files_of), python_shell=False, output_loglevel="debug")
+        if done["retcode"] != 0:
+            said += (done["stdout"] or done["stderr"]).strip().splitlines()[-20:]
+    if said:
         raise CommandExecutionError("Synapse does not accept the configuration:\n" + "\n".join(said))
 
 
@@ -383,9 +421,8 @@ def pending_secrets():
     _, gid = identity()
     pending = []
     for name in (*SECRETS, SIGNING_KEY):
-        path = _secret_path(settings, name)
-        there = _read(path)
-        if there is None or given.get(name, there) != there or not _is_ours(path, gid):
+        there = _kept_secret(settings, name)
+        if there is None or given.get(name, there) != there or not _is_ours(_secret_path(settings, name), gid):
             pending.append(name)
     return pending
 
@@ -407,16 +444,20 @@ def write_secrets():
     _, gid = identity()
     pending = pending_secrets()
     for name in pending:
-        path = _secret_path(settings, name)
-        there = _read(path)
+        path, there = _secret_path(settings, name), _kept_secret(settings, name)
         text = given.get(name, there)
         if text is None:
             text = _new_signing_key() if name == SIGNING_KEY else random_secrets.token_urlsafe(48)
-        if name == SIGNING_KEY and there not in (None, text):
-            _put(f"{path}.{_key_id(there).replace(':', '_')}", there, gid)
-        _put(path + ".new", text, gid)
-        os.replace(path + ".new", path)
+        if name == SIGNING_KEY and (there or "").split() not in ([], text.split()):
+            _replace(f"{path}.{_key_id(there).replace(':', '_')}", there, gid)
+        _replace(path, text, gid)
     return pending
+
+
+def _kept_secret(settings, name):
+    """What a secret's file holds, None if it is to be made. Not a signing key that is empty: that is a homeserver's, and lost."""
+    text = _read(_secret_path(settings, name))
+    return text if text or name == SIGNING_KEY else None
 
 
 def faults():
@@ -429,7 +470,8 @@ def faults():
 
         salt-call synapse_config.faults
     """
-    return _identity_faults() + signing_key_faults()
+    settings = __salt__["synapse_pillar.settings"]()
+    return _identity_faults() + _move_faults(settings) + _network_faults(settings) + signing_key_faults()
 
 
 def _identity_faults():
@@ -447,9 +489,52 @@ def _identity_faults():
     return found
 
 
+def _move_faults(settings):
+    """Elsewhere, a homeserver would be made anew: with another signing key, without names and media."""
+    written = _read(f"{settings['directories']['config']}/homeserver.yaml") or ""
+    former = re.search(r"^signing_key_path: (.+)/secrets/[^/]+$", written, re.MULTILINE)
+    data = settings["directories"]["data"]
+    if not former or former[1] == data:
+        return []
+    key = _read(_secret_path({"directories": {"data": former[1]}}, SIGNING_KEY))
+    if key in (None, _read(_secret_path(settings, SIGNING_KEY))):
+        return []
+    right = f"this homeserver's data are in {former[1]}; stop Synapse and move them by hand first"
+    return [__salt__["synapse_pillar.fault"]("synapse:directories:data", data, right)]
+
+
+def _network_faults(settings):
+    # Docker can't change it.
+    network = settings["docker"]["network"]
+    there = _subnets(network["name"])
+    if not there or network["subnet"] in there:
+        return []
+    right = (
+        f"the network {network['name']} has {' and '.join(there)}; give another name as well, or stop Synapse and all else in"
+        " it, and remove its containers and the network, by hand first"
+    )
+    return [__salt__["synapse_pillar.fault"]("synapse:docker:network:subnet", network["subnet"], right)]
+
+
+def _subnets(network):
+    """The subnets of a Docker network, asked for once a run; none while there is no such network, or no engine."""
+    known = __context__.setdefault("synapse_config.subnets", {})
+    if network not in known:
+        template = "{{range .IPAM.Config}}{{println .Subnet}}{{end}}"
+        command = ["docker", "network", "inspect", "--format", template, network]
+        try:
+            known[network] = __salt__["cmd.run_stdout"](
+                command, python_shell=False, ignore_retcode=True, output_loglevel="quiet"
+            ).split()
+        except CommandExecutionError:
+            known[network] = []
+    return known[network]
+
+
 def signing_key_faults():
     """
-    Return the fault of a pillar that would replace the signing key without keeping the old one's public half.
+    Return the fault of a pillar that would replace the signing key without keeping the old one's public half, or that does not
+    give it while its file is empty.
 
     CLI Example:
 
@@ -458,7 +543,13 @@ def signing_key_faults():
         salt-call synapse_config.signing_key_faults
     """
     settings = __salt__["synapse_pillar.settings"]()
-    current, there = settings["signing_key"]["current"], _read(_secret_path(settings, SIGNING_KEY))
+    path = _secret_path(settings, SIGNING_KEY)
+    current, there = settings["signing_key"]["current"], _read(path)
+    if there is not None and not there.strip():
+        lost = (
+            f"synapse:signing_key:current: is missing: {path} is empty; put the key back, here or there, from a backup"
+        )
+        return [] if current else [lost]
     if current is None or there is None or current.split() == there.split():
         return []
     if _key_id(there) in settings["signing_key"]["old"]:

@@ -4,6 +4,8 @@ What nginx needs to know to stand in front of Synapse.
 
 import hashlib
 import json
+import pathlib
+import urllib.parse
 
 TEMPLATES = ("salt://synapse/nginx/files/matrix-synapse.conf.jinja", "salt://synapse/nginx/files/macros.jinja")
 
@@ -35,7 +37,7 @@ def context():
             "client": settings["nginx"]["client"],
             "internal": __salt__["synapse_appservice.listen"](),
             "federation": settings["nginx"]["federation"],
-            "server_names": [],
+            "server_names": _server_names(settings),
             "max_upload_size": settings["max_upload_size"],
             "admin_allow": settings["nginx"]["admin_allow"],
             "trusted_proxies": settings["nginx"]["trusted_proxies"],
@@ -46,8 +48,24 @@ def context():
         },
     }
     templates = [__salt__["cp.hash_file"](url)["hsum"] for url in TEMPLATES]
-    known["digest"] = hashlib.sha256(json.dumps([known, templates], sort_keys=True).encode()).hexdigest()
+    inputs = json.dumps([known, templates, _certificates(settings)], sort_keys=True)
+    known["digest"] = hashlib.sha256(inputs.encode()).hexdigest()
     return known
+
+
+def _server_names(settings):
+    """The hosts that requests for the homeserver name, so that nginx can serve other sites on the same address."""
+    urls = [settings["public_base_url"] or "", f"//{settings['server_name']}"]
+    urls += __salt__["synapse_appservice.homeserver"]()["url"].values()
+    hosts = {urllib.parse.urlsplit(url or "").hostname for url in urls} - {None}
+    return sorted(f"[{host}]" if ":" in host else host for host in hosts)
+
+
+def _certificates(settings):
+    """A digest of each file that a listener's TLS needs: nginx reads it anew only when it is told to."""
+    files = [path for server in ("client", "federation") for path in (settings["nginx"][server]["tls"] or {}).values()]
+    there = [path for path in map(pathlib.Path, sorted(set(files))) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
 
 
 def well_known(settings):
@@ -66,7 +84,7 @@ def well_known(settings):
 
         salt-call synapse_nginx.well_known '{"server_name": "example.org", "public_base_url": null, "nginx": ...}'
     """
-    url = (settings["public_base_url"] or f"https://{settings['server_name']}").rstrip("/")
+    url = __salt__["synapse_pillar.public_base_url"](settings).rstrip("/")
     host = url.split("://", 1)[1].split("/", 1)[0]
     answers = {
         "client": {"m.homeserver": {"base_url": url}},

@@ -130,6 +130,16 @@ def merge(base, over):
     return merged
 
 
+def public_base_url(settings):
+    """
+    Return the URL that clients use.
+
+    settings
+        The pillar merged over the defaults.
+    """
+    return settings["public_base_url"] or f"https://{settings['server_name']}/"
+
+
 def fault(path, value, right, secret=False):
     """
     Return the one sentence that says what is wrong: the pillar path, the value, and what would be right.
@@ -437,6 +447,16 @@ def _holds(path, other):
     return f"{other}/".startswith(f"{path}/")
 
 
+def _backups_are_apart(settings):
+    path = settings["backup"]["directory"]
+    return [
+        # synapse.clean may remove that one; and a backup that holds it would hold itself.
+        fault("synapse:backup:directory", path, f"it must be apart from synapse:directories:{name}, which is {other}")
+        for name, other in settings["directories"].items()
+        if _holds(path, other) or _holds(other, path)
+    ]
+
+
 def _listeners_are_apart(settings):
     seen, found = {}, []
     servers = ["client"] + ["federation"] * settings["nginx"]["federation"]["enabled"]
@@ -516,6 +536,7 @@ def _image_can_be_built(settings):
 
 RELATIONS = (
     _directories_are_apart,
+    _backups_are_apart,
     _listeners_are_apart,
     _databases_are_reachable,
     _accounts_are_ordinary,

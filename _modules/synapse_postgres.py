@@ -51,7 +51,8 @@ def version():
 
 def options():
     """
-    Return the settings that the formula gives PostgreSQL: ``max_connections`` for the plan, and over it the pillar's own.
+    Return the settings that the formula gives PostgreSQL: ``max_connections`` for the plan, but never less than there are,
+    as the cluster may be others' too; and over it the pillar's own.
 
     CLI Example:
 
@@ -60,7 +61,34 @@ def options():
         salt-call synapse_postgres.options
     """
     needed = __salt__["synapse_workers.plan"]()["max_connections"]
-    return {"max_connections": needed, **__salt__["synapse_pillar.settings"]()["postgres"]["options"]}
+    return {
+        "max_connections": max(needed, _connections_allowed()),
+        **__salt__["synapse_pillar.settings"]()["postgres"]["options"],
+    }
+
+
+def _connections_allowed():
+    """How many connections the cluster allows: that it runs with, else that it would start with; 0 if it is not there."""
+    major = version()
+    configuration = CLUSTERS / str(major) / "main"
+    if not configuration.is_dir():
+        return 0
+    for command in (
+        (
+            "psql",
+            f"--cluster={major}/main",
+            "--no-psqlrc",
+            "--tuples-only",
+            "--no-align",
+            "--dbname=postgres",
+            "--command=show max_connections",
+        ),
+        (f"/usr/lib/postgresql/{major}/bin/postgres", "-D", str(configuration), "-C", "max_connections"),
+    ):
+        done = _run("runuser", "--user=postgres", "--", *command)
+        if done["retcode"] == 0:
+            return int(done["stdout"])
+    return 0
 
 
 def sessions():

@@ -61,13 +61,40 @@ def units():
 
 def common_arguments():
     """
-    Return the arguments that `docker create` is given for whatever runs Synapse's image: identity, confinement, mounts.
+    Return the arguments that `docker create` is given for whatever runs Synapse's image: those of :func:`base_arguments`,
+    the network, the sockets.
 
     CLI Example:
 
     .. code-block:: bash
 
         salt-call synapse_process.common_arguments
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    directories = settings["directories"]
+    return [
+        *base_arguments(directories["config"]),
+        f"--network={settings['docker']['network']['name']}",
+        f"--health-interval={settings['process']['health_interval']}s",
+        "--health-timeout=10s",
+        _mount(directories["run"]),
+        *[_mount(path, "readonly") for path in __salt__["synapse_config.sockets_to_mount"]()],
+    ]
+
+
+def base_arguments(config):
+    """
+    Return the arguments by which Synapse's image can do as much as it needs to read its configuration: identity,
+    confinement, files.
+
+    config
+        The directory that stands where the processes see ``synapse:directories:config``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.base_arguments /etc/matrix-synapse
     """
     settings = __salt__["synapse_pillar.settings"]()
     image = __salt__["synapse_image.wanted"](settings["image"])
@@ -82,17 +109,12 @@ def common_arguments():
         "--tmpfs=/tmp:rw,nosuid,nodev,mode=1777",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
-        f"--network={settings['docker']['network']['name']}",
         # The journal has it, by `docker start --attach`.
         "--log-driver=none",
-        f"--health-interval={settings['process']['health_interval']}s",
-        "--health-timeout=10s",
-        _mount(directories["config"], "readonly"),
+        f"--mount=type=bind,source={config},target={directories['config']},readonly",
         _mount(f"{directories['data']}/secrets", "readonly"),
         _mount(f"{directories['data']}/media"),
-        _mount(directories["run"]),
     ]
-    arguments += [_mount(path, "readonly") for path in __salt__["synapse_config.sockets_to_mount"]()]
     if image["pycache"]:
         arguments += [
             f"--mount=type=volume,source={image['pycache']},target={PYTHON_CACHE},readonly",
@@ -108,8 +130,9 @@ def _mount(path, *options):
 
 def _unit(process, common, image, digests, settings, template):
     name = process["name"]
-    private = f"{settings['directories']['run']}/private/{name}"
-    notify_socket = f"{private}.notify"
+    # Where Synapse can make no file: it could lead root, who writes here, anywhere.
+    roots = f"{settings['directories']['run']}/units/{name}"
+    notify_socket = f"{roots}.notify"
     arguments = [
         f"--hostname={name[:63]}",
         f"--label={PROCESS_LABEL}={name}",
@@ -126,7 +149,7 @@ def _unit(process, common, image, digests, settings, template):
     values = {
         "process": process,
         "notify_socket": notify_socket,
-        "stopped": f"{private}.stopped",
+        "stopped": f"{roots}.stopped",
         "sockets": [path for path in (process["private_socket"], process["public_socket"]) if path],
         "stop_grace": settings["process"]["stop_grace"],
         "start_timeout": settings["process"]["start_timeout"],
@@ -321,8 +344,13 @@ def apply(todo):
     for verb in ("enable", "disable", "stop"):
         if todo[verb]:
             _systemctl(verb, *_services(todo[verb]))
-    # The main process takes along the workers that run, and starts the others.
-    restart = [MAIN] if MAIN in todo["restart"] else todo["restart"]
+    restart = todo["restart"]
+    if MAIN in restart:
+        # It takes along the workers that run, but not those that are about to go, and starts the others.
+        restart = [MAIN]
+        leaving = [name for name in present() if name not in wanted]
+        if leaving:
+            _systemctl("stop", *_services(leaving))
     start = [name for name in wanted if name in todo["start"] or (MAIN in restart and name != MAIN)]
     failed = []
     for verb, names in (("restart", restart), ("start", start)):
@@ -385,7 +413,7 @@ def prune(keep):
         _run(["docker", "rm", "--force", *left])
     run = pathlib.Path(__salt__["synapse_pillar.settings"]()["directories"]["run"])
     for name in gone:
-        for side in ("public", "private"):
+        for side in ("public", "private", "units"):
             for path in (run / side).glob(f"{name}.*"):
                 path.unlink(missing_ok=True)
     return gone
@@ -417,33 +445,51 @@ def census():
 
         salt-call synapse_process.census
     """
-    wanted, there = units(), containers()
+    wanted, counted = units(), _count()
     planned = {process["name"]: process for process in __salt__["synapse_workers.plan"]()["processes"]}
-    names = [*planned, *(name for name in present() if name not in planned)]
-    known = _properties(names, "ActiveState", "NRestarts", "ActiveEnterTimestamp")
-    memory = _memory([name for name in there if there[name]["state"] == "running"])
-    sessions = __salt__["synapse_postgres.sessions"]()
+    names = [process["name"] for process in counted["processes"]]
+    known = _properties(names, "NRestarts", "ActiveEnterTimestamp")
+    memory = _memory([process["name"] for process in counted["processes"] if process["container"] == "running"])
+    for process in counted["processes"]:
+        name, inputs = process["name"], process.pop("inputs")
+        process.update(
+            {
+                "type": _type(planned.get(name)),
+                "healthy": healthy(_private_socket(name)),
+                "current": name in planned and inputs == wanted[name]["inputs"],
+                "sessions": sum(session["process"] == name for session in counted["sessions"]),
+                "restarts": int(known[name].get("NRestarts") or 0),
+                "memory": memory.get(name),
+                "since": known[name]["ActiveEnterTimestamp"],
+            }
+        )
+    return {"maintenance": __salt__["synapse_maintenance.holder"](), **counted}
+
+
+def _count():
+    """The part of the census that says what is there at all, quick enough to be asked again and again during a stop."""
+    there = containers()
+    names = __salt__["synapse_workers.names"]()
+    names += [name for name in present() if name not in names]
+    known = states(names)
     processes = [
         {
             "name": name,
-            "type": _type(planned.get(name)),
             "unit": known[name]["ActiveState"],
             "container": there.get(name, {}).get("state"),
-            "healthy": healthy(_private_socket(name)),
-            "current": name in planned and there.get(name, {}).get("inputs") == wanted[name]["inputs"],
-            "sessions": sum(session["process"] == name for session in sessions),
-            "restarts": int(known[name].get("NRestarts") or 0),
-            "memory": memory.get(name),
-            "since": known[name]["ActiveEnterTimestamp"],
+            "inputs": there.get(name, {}).get("inputs"),
         }
         for name in names
     ]
     return {
-        "maintenance": __salt__["synapse_maintenance.holder"](),
         "processes": processes,
-        "strays": _strays([process["name"] for process in processes if process["unit"] not in ("inactive", "failed")]),
-        "sessions": sessions,
+        "strays": _strays([process["name"] for process in processes if _runs(process)]),
+        "sessions": __salt__["synapse_postgres.sessions"](),
     }
+
+
+def _runs(process):
+    return process["unit"] not in ("inactive", "failed")
 
 
 def _type(process):
@@ -575,7 +621,7 @@ def _session(session):
 
 def _foreign(counted):
     """The database sessions that belong to no process of the census."""
-    names = [process["name"] for process in counted["processes"] if process["unit"] not in ("inactive", "failed")]
+    names = [process["name"] for process in counted["processes"] if _runs(process)]
     return [session for session in counted["sessions"] if session["process"] not in names]
 
 
@@ -595,7 +641,7 @@ def left(counted):
     found = [
         f"the unit {process['name']} ({process['unit']})"
         for process in counted["processes"]
-        if process["unit"] not in ("inactive", "failed") or process["container"] in ("running", "paused", "restarting")
+        if _runs(process) or process["container"] in ("running", "paused", "restarting")
     ]
     # The session of a unit that runs goes with it.
     return found + [_stray(stray) for stray in counted["strays"]] + [_session(session) for session in _foreign(counted)]
@@ -636,20 +682,20 @@ def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False,
     for argument, value, is_right, right in (
         ("holder", holder, isinstance(holder, str) and holder.strip(), "a name"),
         ("kill", kill, isinstance(kill, bool), "true or false"),
-        ("grace", grace, isinstance(grace, int | float) and grace > 0, "a number of seconds"),
+        ("grace", grace, _is_number(grace) and grace > 0, "a number of seconds"),
     ):
         if not is_right:
             raise SaltInvocationError(f"{argument}: {value!r} is not {right}")
-    taken = __salt__["synapse_maintenance.lock"](holder, reason)
-    before = census()
-    ran = left(before)
+    taken, before = __salt__["synapse_maintenance.lock"](holder, reason), {"processes": []}
     try:
+        before = _count()
+        ran = left(before)
         __salt__["synapse_maintenance.close"]()
         remaining = _terminate(grace)
         killed = []
         if remaining and kill:
             killed = remaining
-            _kill(census())
+            _kill(_count())
             remaining = _wait_until_nothing_is_left(10)
         if remaining:
             raise CommandExecutionError(
@@ -662,6 +708,10 @@ def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False,
     return {"stopped": ran, "killed": killed}
 
 
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _terminate(grace):
     """Have everything end by SIGTERM; return what is left after the grace time."""
     # The units' own `docker stop` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
@@ -669,7 +719,7 @@ def _terminate(grace):
     running = [name for name, container in containers().items() if container["state"] == "running"]
     if running:
         _docker("kill", "--signal=TERM", *running)
-    for stray in census()["strays"]:
+    for stray in _count()["strays"]:
         if stray["kind"] == "container":
             _docker("kill", "--signal=TERM", stray["id"])
         else:
@@ -683,7 +733,7 @@ def _terminate(grace):
 
 def _wait_until_nothing_is_left(seconds):
     deadline = time.monotonic() + seconds
-    while (remaining := left(census())) and time.monotonic() < deadline:
+    while (remaining := left(_count())) and time.monotonic() < deadline:
         time.sleep(0.2)
     return remaining
 
@@ -755,7 +805,13 @@ def _memory(names):
     """Bytes that each container uses, as `docker stats` counts them."""
     if not names:
         return {}
-    shown = _run(["docker", "stats", "--no-stream", "--format", "{{json .}}", *names])
+    # One that ends meanwhile makes for an exit status.
+    shown = __salt__["cmd.run_all"](
+        ["docker", "stats", "--no-stream", "--format", "{{json .}}", *names],
+        python_shell=False,
+        ignore_retcode=True,
+        output_loglevel="debug",
+    )["stdout"]
     usage = {row["Name"]: row["MemUsage"].split(" / ")[0] for row in map(json.loads, shown.splitlines())}
     return {name: _bytes(text) for name, text in usage.items()}
 

@@ -15,6 +15,7 @@ import math
 import pathlib
 import re
 
+import salt.utils.hashutils
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
@@ -37,6 +38,9 @@ ENTRY_OPTIONS = ("config", "log_level", "memory", "cpus", "arguments")
 # What the plan itself writes; anybody else's value would cut a process off from nginx, its health check or its unit.
 PLANNED_SETTINGS = ("worker_app", "worker_name", "worker_listeners", "worker_log_config", "listeners", "log_config")
 
+# What a job gets in the place of any other setting.
+NOT_SHOWN = "(not shown)"
+
 # What has a place of its own in the pillar. Of a secret the formula gives the path, and Synapse refuses the secret beside it.
 SETTINGS_ELSEWHERE = {
     "macaroon_secret_key": "synapse:secrets:macaroon",
@@ -47,12 +51,22 @@ SETTINGS_ELSEWHERE = {
     "old_signing_keys": "synapse:signing_key:old",
     "server_name": "synapse:server_name",
     "app_service_config_files": "synapse:appservices",
+    "max_upload_size": "synapse:max_upload_size",
+    "public_baseurl": "synapse:public_base_url",
+}
+
+# What the rest of the formula rests on.
+SETTINGS_REFUSED = {
+    **dict.fromkeys(PLANNED_SETTINGS, "leave it out, the formula sets it"),
+    **dict.fromkeys(("daemonize", "worker_daemonize"), "leave it out: a container ends with the process it started"),
+    "media_store_path": "leave it out: media are kept below synapse:directories:data, the one place that containers can write to",
 }
 
 
-def plan():
+def plan(**kwargs):
     """
-    Return the whole plan of the pillar: see :func:`build`.
+    Return the whole plan of the pillar: see :func:`build`. A job of its own gets no value of a worker's own settings, which
+    may be secrets.
 
     Raises CommandExecutionError that lists every fault of the pillar.
 
@@ -72,7 +86,17 @@ def plan():
         data = __salt__["synapse_pillar.knowledge"]()
         planned = build(settings, data["workers"], data["routes"], roster(settings))
         known = __context__["synapse_workers.plan"] = (inputs, planned)
-    return known[1]
+    return _without_secrets(known[1]) if __salt__["synapse_pillar.is_job"](kwargs) else known[1]
+
+
+def _without_secrets(planned):
+    def shown(config):
+        return {key: value if key in PLANNED_SETTINGS else NOT_SHOWN for key, value in config.items()}
+
+    return {
+        **planned,
+        "processes": [{**process, "config": shown(process["config"])} for process in planned["processes"]],
+    }
 
 
 def _refuse(found):
@@ -138,15 +162,16 @@ def outdated_modules():
         for source in __salt__["cp.list_master"](prefix=f"_{directory}/synapse_"):
             if source.endswith(".py"):
                 synced = cache / directory / pathlib.Path(source).name
-                if not synced.exists() or _digest_of(synced) != __salt__["cp.hash_file"](f"salt://{source}")["hsum"]:
+                if not synced.exists() or not _is_served(synced, __salt__["cp.hash_file"](f"salt://{source}")):
                     found.append(
                         f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first"
                     )
     return found
 
 
-def _digest_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _is_served(path, served):
+    # The master's `hash_type` says which digest the file server gives.
+    return salt.utils.hashutils.get_hash(str(path), form=served["hash_type"]) == served["hsum"]
 
 
 def diagram():
@@ -294,15 +319,16 @@ def _number(wanted, known):
 
 def _main(settings, workers):
     own = {key: value for key, value in settings["main"].items() if value is not None}
+    main, config = workers["main"], settings["config"]
     return {
         **_blank(settings),
         **own,
         "name": MAIN,
         "type": "main",
         "index": None,
-        "about": workers["main"]["about"],
-        "app": workers["main"]["app"],
-        "serves": workers["main"]["serves"],
+        "about": main["about"],
+        "app": main["app"],
+        "serves": main["serves"] + [resource for key, resource in main["serves_with"].items() if config.get(key)],
         "config_files": [f"{settings['directories']['config']}/homeserver.yaml"],
         "own_config": {},
     }
@@ -528,6 +554,7 @@ def faults(settings, workers, roster):
     found = [line for where, entry in entries for line in _entry_faults(where, entry, workers)]
     found += _crowd_faults(entries, workers)
     found += _setting_faults("synapse:config", settings["config"])
+    found += _redis_faults(entries, settings["config"])
     found += _name_setting_faults(settings["config"], workers)
     found += _roster_faults(settings, roster)
     if found:
@@ -536,6 +563,7 @@ def faults(settings, workers, roster):
     found += _socket_faults(planned, settings)
     found += _connection_faults(planned, settings)
     found += _ghost_faults(planned, settings["config"], workers)
+    found += _other_writers_faults(planned, settings["config"])
     return found
 
 
@@ -568,14 +596,26 @@ def _entry_faults(where, entry, workers):
 
 def _setting_faults(where, config):
     """Settings that have another place, or none."""
-    for key in PLANNED_SETTINGS:
+    for key, right in SETTINGS_REFUSED.items():
         if key in config:
-            yield _fault(f"{where}:{key}", config[key], "leave it out, the formula sets it")
+            yield _fault(f"{where}:{key}", config[key], right)
     for key, path in SETTINGS_ELSEWHERE.items():
         for name in (key, f"{key}_path"):
             if name in config:
                 secret = path.startswith(("synapse:secrets", "synapse:signing_key"))
                 yield _fault(f"{where}:{name}", config[name], f"it belongs into {path}", secret)
+
+
+def _redis_faults(entries, config):
+    """Without Redis, workers would hear of nothing."""
+    if not any(entry.get("count", 1) for _, entry in entries):
+        return
+    given = [("synapse:config", config)] + [(f"{where}:config", entry.get("config", {})) for where, entry in entries]
+    for where, redis in [(where, own["redis"]) for where, own in given if "redis" in own]:
+        if not isinstance(redis, dict):
+            yield _fault(f"{where}:redis", redis, "it must be a mapping")
+        elif not redis.get("enabled", True):
+            yield _fault(f"{where}:redis:enabled", redis["enabled"], "it must be true, since there are workers")
 
 
 def _crowd_faults(entries, workers):
@@ -676,6 +716,20 @@ def _ghost_faults(planned, config, workers):
         for name in [value] if isinstance(value, str) else value:
             if name not in borne:
                 yield _fault(f"synapse:config:{key}", name, f"no process bears this name: {_did_you_mean(name, borne)}")
+
+
+def _other_writers_faults(planned, config):
+    """Writers of ours that are not those of the plan: nginx would send requests to who can't answer them."""
+    ours = {MAIN_IN_STREAM_WRITERS, *(process["name"] for process in planned["processes"])}
+    for stream, value in _writers(config).items():
+        planned_writers = planned["shared"]["stream_writers"].get(stream, [MAIN_IN_STREAM_WRITERS])
+        named = ours.intersection([value] if isinstance(value, str) else value)
+        if named and named != set(planned_writers):
+            right = (
+                f"this stream is written by {' and '.join(planned_writers)}: leave it out,"
+                " and add or remove an entry of the type stream-writer instead"
+            )
+            yield _fault(f"synapse:config:stream_writers:{stream}", value, right)
 
 
 def former_fault(pillar):

@@ -62,7 +62,9 @@ The directories of Synapse's sockets are declared:
 The directories of Synapse's sockets exist:
   cmd.run:
     - name: systemd-tmpfiles --create /etc/tmpfiles.d/matrix-synapse.conf
-    - unless: stat --format '%a %U %G' {{ dirs.run }}/public {{ dirs.run }}/private | tr '\n' ' ' | grep --quiet --line-regexp '750 {{ user.name }} {{ synapse.nginx.user }} 700 {{ user.name }} {{ user.group }} '
+    - unless: >-
+        cd {{ dirs.run }} && test "$(stat --format '%a %U %G' public private nginx units)" =
+        "$(printf '%s\n' '750 {{ user.name }} {{ synapse.nginx.user }}' '700 {{ user.name }} {{ user.group }}' '755 root root' '711 root root')"
     - require:
       - file: The directories of Synapse's sockets are declared
 

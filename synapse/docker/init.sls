@@ -21,4 +21,4 @@ The Docker engine is running:
 Synapse's Docker network exists:
   cmd.run:
     - name: docker network create --subnet {{ network.subnet }} {{ network.name }}
-    - unless: docker network inspect --format '{{ "{{range .IPAM.Config}}{{.Subnet}}{{end}}" }}' {{ network.name }} | grep --quiet --line-regexp --fixed-strings {{ network.subnet }}
+    - unless: docker network inspect --format '{{ "{{range .IPAM.Config}}{{println .Subnet}}{{end}}" }}' {{ network.name }} | grep --quiet --line-regexp --fixed-strings {{ network.subnet }}

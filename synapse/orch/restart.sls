@@ -1,11 +1,9 @@
-{#- Stops Synapse, proves it, and starts it again. -#}
+{#- Stops Synapse, proves it, and starts it again. The arguments are those of synapse_process.stop. -#}
 
-include:
-  - synapse.orch.stop
-  - synapse.orch.start
+{%- from "synapse/orch/macros.jinja" import call with context %}
+{%- set holder = dict(pillar.get("arguments", {}).items() | selectattr(0, "equalto", "holder")) %}
 
-extend:
-  Synapse is started and healthy:
-    salt.function:
-      - require:
-        - salt: Synapse is proven to be stopped
+{{ call("Synapse is proven to be stopped", "synapse_process.stop") }}
+{{ call("Synapse is started and healthy", "synapse_process.start", holder) }}
+    - require:
+      - salt: Synapse is proven to be stopped

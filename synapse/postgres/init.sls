@@ -10,6 +10,7 @@
 {%- set version = salt["synapse_postgres.version"]() %}
 {%- set options = salt["synapse_postgres.options"]() %}
 {%- set digest = options | json | sha256 %}
+{%- set cluster = "/etc/postgresql/" ~ version ~ "/main" %}
 {%- set user = synapse.user.name %}
 {%- set service = "postgresql@" ~ version ~ "-main" %}
 {%- set psql = "runuser --user postgres -- psql --cluster " ~ version ~ "/main --no-psqlrc --tuples-only --no-align --command " %}
@@ -21,9 +22,16 @@ PostgreSQL is installed:
   pkg.installed:
     - name: postgresql-{{ version }}
 
+The helper check-postgresql is in place:
+  file.managed:
+    - name: /usr/local/lib/matrix-synapse/check-postgresql
+    - source: salt://synapse/postgres/files/check-postgresql.sh
+    - mode: "0755"
+    - makedirs: true
+
 PostgreSQL is configured for Synapse:
   file.managed:
-    - name: /etc/postgresql/{{ version }}/main/conf.d/matrix-synapse.conf
+    - name: {{ cluster }}/conf.d/matrix-synapse.conf
     - source: salt://synapse/postgres/files/postgresql.conf.jinja
     - template: jinja
     - context: {{ {"options": options, "digest": digest} | json }}
@@ -31,13 +39,17 @@ PostgreSQL is configured for Synapse:
     - group: postgres
     - mode: "0644"
     - makedirs: true
+    {#- PostgreSQL would not start with a setting that it does not know. #}
+    - check_cmd: /usr/local/lib/matrix-synapse/check-postgresql {{ version }}
     - require:
       - pkg: PostgreSQL is installed
+      - file: The helper check-postgresql is in place
 
-{#- The running server is asked which configuration it has: so a run that was cut off is put right by the next. #}
+{#- The running server is asked which configuration it has: so a run that was cut off is put right by the next. What it can
+    read, but not take over (pg_file_settings), wants a restart; with what it can't read, it would not come back. #}
 PostgreSQL runs with this configuration:
   cmd.run:
-    - name: systemctl $({{ psql }} "select case when exists (select from pg_file_settings where error is not null) then 'restart' else 'reload-or-restart' end" || echo restart) {{ service }}
+    - name: runuser --user postgres -- /usr/lib/postgresql/{{ version }}/bin/postgres -D {{ cluster }} -C max_connections >/dev/null && systemctl $({{ psql }} "select case when exists (select from pg_file_settings where error is not null) then 'restart' else 'reload-or-restart' end" || echo restart) {{ service }}
     - unless: {{ psql }} "select current_setting('synapse_formula.digest', true) || (exists (select from pg_settings where pending_restart and name in ('{{ options | join("','") }}')))" | grep --quiet --line-regexp {{ digest }}false
     - require:
       - file: PostgreSQL is configured for Synapse

@@ -4,7 +4,7 @@ import copy
 import os
 
 import pytest
-from deployment import Deployment
+from deployment import Deployment, until
 from host import Host
 
 # Small, but with every kind of process: one that serves clients, a sharded stream, an unsharded one, one that serves
@@ -64,3 +64,18 @@ def deployed(deployment):
     if deployment.pillar != PILLAR:
         deployment.pillar = copy.deepcopy(PILLAR)
         deployment.apply()
+
+
+@pytest.fixture
+def master(deployed):
+    """``salt-run`` on a master whose only minion is this host; both end with the test."""
+    host = deployed.host
+    host.run("systemctl", "start", "salt-master", "salt-minion")
+
+    def run(*words, check=True):
+        return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
+
+    until(lambda: host.run("salt", "*", "test.ping", check=False).returncode == 0, "the minion is there", 120)
+    host.run("salt", "*", "saltutil.sync_all")
+    yield run
+    host.run("systemctl", "stop", "salt-minion", "salt-master")

@@ -114,6 +114,11 @@ def test_every_process_reads_the_registration_and_can_not_write_it(host, homeser
     assert host.sh(f"stat --format '%U %G %a' {path}").stdout.split() == ["root", homeserver["group"], "640"]
 
 
+def tokens_of(host):
+    """The tokens that the formula made for the bridge, which no job returns."""
+    return json.loads(host.read(f"/var/lib/matrix-synapse/appservices/{BRIDGE}.tokens.json"))
+
+
 def test_every_process_has_the_bridges_container_arguments(host, processes):
     label = '{{index .Config.Labels "org.example.testbridge"}}'
     shown = host.run("docker", "inspect", "--format", label, *processes).stdout.split()
@@ -121,7 +126,7 @@ def test_every_process_has_the_bridges_container_arguments(host, processes):
 
 
 def test_no_token_is_shown_anywhere(host, processes):
-    tokens = host.salt("synapse_appservice.tokens", BRIDGE)
+    tokens = tokens_of(host)
     shown = [host.run("docker", "inspect", *processes).stdout, host.sh("ps -ewwo args").stdout]
     shown += [host.sh("cat /etc/systemd/system/*.service").stdout, host.sh("journalctl --boot --output cat").stdout]
     assert not [token for token in tokens.values() for text in shown if token in text]
@@ -161,7 +166,7 @@ def test_a_bridge_without_a_homeserver_gives_up(host):
 
 
 def test_a_dead_token_is_refused_and_the_new_registration_works(deployment, host, carol, room, remote, processes):
-    before = host.salt("synapse_appservice.tokens", BRIDGE)
+    before = tokens_of(host)
     assert host.salt("synapse_appservice.renew_tokens", BRIDGE) == ["as_token", "hs_token"]
     with each_started_once(host, processes):
         deployment.apply()
@@ -175,7 +180,7 @@ def test_a_dead_token_is_refused_and_the_new_registration_works(deployment, host
     with each_started_once(host, []):
         changes = deployment.apply("test.e2e.bridge")
     assert set(changes) == {"The test bridge is configured", "The test bridge is running"}
-    assert not set(before.values()) & set(host.salt("synapse_appservice.tokens", BRIDGE).values())
+    assert not set(before.values()) & set(tokens_of(host).values())
     remote.say(room, "alice", "alive again")
     assert "alive again" in carol.heard(room)
     # Synapse comes back to an appservice that failed after a while, and brings what was said meanwhile.
@@ -248,7 +253,7 @@ def test_a_file_of_the_operators_is_an_appservice_and_its_change_restarts_what_r
 
 
 def test_a_bridge_that_is_gone_leaves_nothing_to_synapse(deployment, host, homeserver, processes):
-    tokens = host.salt("synapse_appservice.tokens", BRIDGE)
+    tokens = tokens_of(host)
     assert host.salt("state.single", "synapse_appservice.absent", BRIDGE)
     with each_started_once(host, processes):
         deployment.apply()
@@ -260,4 +265,4 @@ def test_a_bridge_that_is_gone_leaves_nothing_to_synapse(deployment, host, homes
 
     # Its tokens are kept, for when it comes back.
     deployment.apply("test.e2e.bridge")
-    assert host.salt("synapse_appservice.tokens", BRIDGE) == tokens
+    assert tokens_of(host) == tokens

@@ -87,6 +87,17 @@ def test_a_worker_that_failed_leaves_no_ghost_when_it_is_removed(deployed):
     assert deployed.apply(test=True) == {}
 
 
+def test_a_worker_that_all_know_of_leaves_before_the_others_restart(deployed):
+    gone, now = "matrix-synapse-worker-5-federation-sender", deployed.host.sh("date '+%F %T'").stdout.strip()
+    before = deployed.starts()
+    worker(deployed, "federation-sender")["count"] = 0
+    done = applied_exactly(deployed)
+    assert restarted(deployed, before) == set(before) - {gone} == set(done[PROCESSES])
+    journal = deployed.host.run("journalctl", "--since", now, "--output", "cat", "--unit", f"{gone}.service").stdout
+    assert "Stopped" in journal
+    assert "Started" not in journal
+
+
 def test_the_order_of_the_pillar_changes_nothing(deployed):
     deployed.pillar["workers"]["list"].reverse()
     assert deployed.apply() == {}
@@ -168,6 +179,77 @@ def test_a_configuration_that_synapse_refuses_replaces_nothing(deployed):
     assert deployed.host.read("/etc/matrix-synapse/homeserver.yaml") == good
     assert restarted(deployed, before) == set()
     assert deployed.host.sh("ls -A /etc/matrix-synapse | grep candidate || true").stdout == ""
+
+
+def test_a_configuration_that_reads_the_operators_files_is_accepted(deployed):
+    host, before = deployed.host, copy.deepcopy(deployed.pillar)
+    host.write("/etc/matrix-synapse/turn", "secret", mode="0644")
+    host.sh(
+        """mkdir --parents /srv/templates /etc/matrix-synapse/consent/en
+        echo the terms | tee /etc/matrix-synapse/consent/en/1.0.html > /etc/matrix-synapse/consent/en/success.html"""
+    )
+    deployed.pillar["config"] |= {
+        "turn_shared_secret_path": "/etc/matrix-synapse/turn",
+        "templates": {"custom_template_directory": "/srv/templates"},
+        "user_consent": {"template_dir": "/etc/matrix-synapse/consent", "version": "1.0"},
+    }
+    # A directory that no process is shown is none.
+    assert "/srv/templates" in deployed.refused()
+    deployed.pillar["process"]["arguments"] = ["--volume=/srv/templates:/srv/templates:ro"]
+    applied_exactly(deployed)
+    assert deployed.all_healthy()
+    assert request(f"{deployed.url}/_matrix/consent")[0].strip() == b"the terms"
+    deployed.pillar = before
+    deployed.apply()
+    host.sh("rm --recursive /etc/matrix-synapse/turn /etc/matrix-synapse/consent /srv/templates")
+
+
+def postgres(deployed, query):
+    words = ["runuser", "--user", "postgres", "--", "psql", "--no-psqlrc", "--tuples-only", "--no-align", "--command"]
+    return deployed.host.run(*words, query).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "options", [{"shared_bufers": "1GB"}, {"work_mem": "banana"}], ids=lambda options: next(iter(options))
+)
+def test_settings_that_postgresql_refuses_replace_nothing(deployed, options):
+    file, started = "/etc/postgresql/15/main/conf.d/matrix-synapse.conf", "select pg_postmaster_start_time()"
+    good, before, processes = deployed.host.read(file), postgres(deployed, started), deployed.starts()
+    deployed.pillar["postgres"] = {"options": options}
+    assert next(iter(options)) in deployed.refused()
+    assert deployed.host.read(file) == good
+    assert postgres(deployed, started) == before
+    assert restarted(deployed, processes) == set()
+    deployed.pillar["postgres"] = {"options": {"work_mem": "5MB"}}
+    applied_exactly(deployed)
+    assert postgres(deployed, "show work_mem") == "5MB"
+    assert postgres(deployed, started) == before
+
+
+def test_postgresql_is_not_restarted_into_a_configuration_that_it_cannot_read(deployed):
+    file, started = "/etc/postgresql/15/main/postgresql.conf", "select pg_postmaster_start_time()"
+    before = postgres(deployed, started)
+    deployed.pillar["postgres"] = {"options": {"shared_buffers": "130MB"}}
+    deployed.host.sh(f"echo half a li >> {file}")
+    try:
+        assert "postgres -D /etc/postgresql/15/main -C" in deployed.refused()
+    finally:
+        deployed.host.sh(f"sed -i '$d' {file}")
+    # Debian's psql does not read such a configuration either.
+    assert postgres(deployed, started) == before
+    applied_exactly(deployed)
+    assert postgres(deployed, "show shared_buffers") == "130MB"
+
+
+def test_connections_that_postgresql_allows_already_stay(deployed):
+    deployed.pillar["postgres"] = {"options": {"max_connections": 500}}
+    deployed.apply()
+    assert postgres(deployed, "show max_connections") == "500"
+    started = "select pg_postmaster_start_time()"
+    before = postgres(deployed, started)
+    del deployed.pillar["postgres"]
+    assert deployed.apply() == {}
+    assert (postgres(deployed, "show max_connections"), postgres(deployed, started)) == ("500", before)
 
 
 def test_a_configuration_that_nginx_refuses_replaces_nothing(deployed):

@@ -115,7 +115,8 @@ def test_the_database_has_c_collation_and_utf8_and_is_synapse_own(deployed):
 
 def test_max_connections_suffices_for_the_plan(deployed):
     needed = deployed.host.salt("synapse_workers.plan")["max_connections"]
-    assert psql(deployed, "show max_connections") == [str(needed)]
+    # Not less than were allowed before.
+    assert int(psql(deployed, "show max_connections")[0]) >= needed
     assert needed >= 9 * 10
 
 

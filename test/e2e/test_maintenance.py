@@ -156,31 +156,19 @@ def test_the_state_stops_and_starts_once(deployed):
     assert run("started") == (True, {})
 
 
-@pytest.fixture
-def master(deployed):
-    """``salt-run`` on a master whose only minion is this host; both end with the test."""
-    host = deployed.host
-    host.run("systemctl", "start", "salt-master", "salt-minion")
-
-    def run(*words, check=True):
-        return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
-
-    until(lambda: host.run("salt", "*", "test.ping", check=False).returncode == 0, "the minion is there", 120)
-    host.run("salt", "*", "saltutil.sync_all")
-    yield run
-    host.run("systemctl", "stop", "salt-minion", "salt-master")
-
-
 def test_a_master_stops_and_starts_it(deployed, master):
     master("state.orchestrate", "synapse.orch.stop")
     assert set(deployed.states().values()) == {"inactive"}
+    unknown = master("state.orchestrate", "synapse.orch.stop", 'pillar={"arguments": {"kil": true}}', check=False)
+    assert unknown.returncode != 0
     refused = master("state.orchestrate", "synapse.orch.stop", 'pillar={"arguments": {"holder": "bob"}}', check=False)
     assert refused.returncode != 0
     assert "synapse_process.stop holds the lock" in refused.stdout
     master("state.orchestrate", "synapse.orch.start")
     assert deployed.all_healthy()
     before = deployed.starts()
-    master("state.orchestrate", "synapse.orch.restart")
+    arguments = {"target": deployed.host.name, "arguments": {"kill": True, "holder": "bob", "reason": "tests"}}
+    master("state.orchestrate", "synapse.orch.restart", f"pillar={json.dumps(arguments)}")
     assert deployed.all_healthy()
     assert all(deployed.starts()[name] > start for name, start in before.items())
 

@@ -726,6 +726,16 @@ def test_containers_find_the_client_api_on_the_internal_address_once(directory):
     assert render(nginx.plan, {**nginx.settings, "client": listens}).count(f"listen {internal};") == 1
 
 
+def test_another_site_on_the_same_address_keeps_its_requests(directory):
+    nginx = Nginx(directory / "beside", [], server_names=["example.org", "matrix.example.org"])
+    other = f"server {{ listen 127.0.0.1:{nginx.client} default_server; return 418; }}"
+    file = directory / "beside/nginx.conf"
+    file.write_text(file.read_text().replace("http {", f"http {{ {other}"))
+    with nginx:
+        for host, answer in (("matrix.example.org:443", "main.1"), ("example.org", "main.1"), ("other.example", 418)):
+            assert nginx.who("GET", "/_matrix/client/versions", {"Host": host}) == answer
+
+
 def test_tls_speaks_http_1_1_and_http_2_and_nothing_older_than_1_2(directory):
     files = {"certificate": str(directory / "tls.crt"), "key": str(directory / "tls.key")}
     subprocess.run(

@@ -31,11 +31,12 @@ class Minion:
 
     def __init__(self):
         self.pillar, self.context = {}, {}
-        # There is neither the account nor the group.
+        # There is neither the account nor the group, nor a Docker network.
         self.salt = {
             "cp.get_file_str": served,
             "file.user_to_uid": lambda name: "",
             "file.group_to_gid": lambda name: "",
+            "cmd.run_stdout": lambda command, **kwargs: "",
         }
         dunders = {
             "__salt__": self.salt,

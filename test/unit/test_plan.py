@@ -264,6 +264,20 @@ def test_without_workers_main_does_all(minion):
     }
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ["client", "federation", "media"]),
+        ({"user_consent": None}, ["client", "federation", "media"]),
+        ({"user_consent": {"version": "1.0"}}, ["client", "federation", "media", "consent"]),
+    ],
+)
+def test_main_asks_for_consent_where_the_operator_does(minion, config, expected):
+    main = minion.plan({"config": config})["processes"][0]
+    (resources,) = main["config"]["listeners"][1]["resources"]
+    assert resources == {"names": expected}
+
+
 STREAMS = [
     "events",
     "typing",
@@ -403,19 +417,19 @@ def test_an_entrys_config_goes_over_that_of_its_type(minion):
 
 def test_limits_log_level_and_arguments_are_the_entrys_else_the_processes(minion):
     settings = {
-        "process": {"memory": "1G", "cpus": 2, "log_level": "WARNING", "arguments": ["--init"]},
+        "process": {"memory": "1G", "cpus": 2, "log_level": "WARNING", "arguments": ["--ipc=private"]},
         "main": {"memory": "4G", "cpus": None},
         "workers:list": [
             GENERIC,
-            {**GENERIC, "memory": None, "cpus": 0.5, "log_level": "DEBUG", "arguments": ["--tty"]},
+            {**GENERIC, "memory": None, "cpus": 0.5, "log_level": "DEBUG", "arguments": ["--ipc=none"]},
         ],
     }
     options = ("memory", "cpus", "log_level", "arguments")
     processes = minion.plan(settings)["processes"]
     assert [[process[key] for key in options] for process in processes] == [
-        ["4G", 2, "WARNING", ["--init"]],
-        ["1G", 2, "WARNING", ["--init"]],
-        [None, 0.5, "DEBUG", ["--tty"]],
+        ["4G", 2, "WARNING", ["--ipc=private"]],
+        ["1G", 2, "WARNING", ["--ipc=private"]],
+        [None, 0.5, "DEBUG", ["--ipc=none"]],
     ]
     assert [process["log_config"].rsplit("/")[-1] for process in processes] == [
         "log-warning.yaml",
@@ -525,6 +539,23 @@ def test_the_plan_is_a_pure_function(minion):
     before = copy.deepcopy(arguments)
     assert minion.synapse_workers.build(*arguments) == first
     assert arguments == before
+
+
+@pytest.mark.parametrize(
+    ("allowed", "given", "expected"),
+    [(None, {}, 100), (50, {}, 100), (500, {}, 500), (500, {"max_connections": 200}, 200)],
+)
+def test_connections_that_a_cluster_allows_stay(minion, monkeypatch, allowed, given, expected):
+    minion.run(minion.good_pillar({"postgres": {"version": 15, "options": {**given, "work_mem": "5MB"}}}))
+    monkeypatch.setattr(minion.synapse_postgres, "CLUSTERS", minion.directory)
+
+    def server_is_down(command, **kwargs):
+        return {"retcode": 2, "stdout": ""} if "psql" in command else {"retcode": 0, "stdout": f"{allowed}\n"}
+
+    minion.salt["cmd.run_all"] = server_is_down
+    if allowed:
+        (minion.directory / "15/main").mkdir(parents=True)
+    assert minion.synapse_postgres.options() == {"max_connections": expected, "work_mem": "5MB"}
 
 
 def test_the_plan_is_plain_data(minion):

@@ -38,19 +38,19 @@ PILLAR = {
         "build_arguments": {"A": "b"},
         "customize": {"modules": {"ldap3": True}, "dockerfile": "RUN true"},
     },
-    "main": {"memory": "4G", "cpus": 2, "log_level": "INFO", "arguments": ["--init"]},
+    "main": {"memory": "4G", "cpus": 2, "log_level": "INFO", "arguments": ["--ipc=private"]},
     "workers": {
         "preset": "one-of-each",
         "list": [
             {"type": "generic", "count": 2, "config": {"a": {"b": [1]}}, "memory": "1G"},
-            {"type": "stream-writer", "stream": "events", "cpus": 0.5, "arguments": ["--init"]},
+            {"type": "stream-writer", "stream": "events", "cpus": 0.5, "arguments": ["--ipc=private"]},
             {"type": "pusher", "log_level": "DEBUG"},
         ],
     },
     "process": {"running": True, "stop_grace": 30, "memory": "1G", "arguments": []},
     "config": {
         "instance_map": {"far": {"host": "b", "port": 1}},
-        "stream_writers": {"events": ["far", "master"]},
+        "stream_writers": {"events": ["far"]},
         "pusher_instances": ["far"],
         "run_background_tasks_on": "far",
         "outbound_federation_restricted_to": ["far"],
@@ -306,7 +306,7 @@ def test_every_name_in_the_shared_settings_is_borne_by_a_process(formula, pillar
 @given(pillar=pillars)
 def test_another_generic_worker_changes_nothing_for_the_others(formula, pillar):
     before = plan(formula, pillar, {})
-    listed = [*pillar["workers"]["list"], {"type": "generic", "arguments": ["--init"]}]
+    listed = [*pillar["workers"]["list"], {"type": "generic", "arguments": ["--ipc=private"]}]
     after = plan(formula, {**pillar, "workers": {**pillar["workers"], "list": listed}}, before["roster"])
     processes = {process["name"]: process for process in after["processes"]}
     assert [processes[process["name"]] for process in before["processes"]] == before["processes"]

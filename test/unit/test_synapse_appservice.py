@@ -184,7 +184,7 @@ def test_all_faults_are_told_at_once(minion):
 
 
 def test_either_file_or_registration(minion):
-    for entry in ({}, {"file": "/a", **an_entry()}, {"arguments": ["--init"]}):
+    for entry in ({}, {"file": "/a", **an_entry()}, {"arguments": ["--ipc=private"]}):
         assert "not both and not neither" in minion.faults(bridge=entry)[0]
 
 
@@ -365,10 +365,10 @@ def test_registered_stores_what_the_formula_then_uses(minion):
         "sender_localpart": {"old": None, "new": "bot"},
         "namespaces": {"old": None, "new": a_registration()["namespaces"]},
         "com.example.secret": {"old": None, "new": "(not shown)"},
-        "arguments": {"old": None, "new": ["--init"]},
+        "arguments": {"old": None, "new": ["--ipc=private"]},
         "tokens": {"old": None, "new": ["as_token", "hs_token"]},
     }
-    wanted = {"registration": a_registration(**{"com.example.secret": TOKEN}), "arguments": ["--init"]}
+    wanted = {"registration": a_registration(**{"com.example.secret": TOKEN}), "arguments": ["--ipc=private"]}
     minion.new_run(test=True)
     assert minion.states.registered("bridge", **wanted) == {**shown, "changes": made}
     assert not minion.store.exists()
@@ -384,7 +384,7 @@ def test_registered_stores_what_the_formula_then_uses(minion):
         "changes": made,
     }
     (stored,) = minion.synapse_appservice.registrations()
-    assert stored["arguments"] == ["--init"]
+    assert stored["arguments"] == ["--ipc=private"]
     assert stored["registration"] == {
         "id": "bridge",
         **wanted["registration"],
@@ -414,7 +414,7 @@ BAD_STATES = {
     "no mapping": ("bridge", {"registration": f"as_token: {TOKEN}"}),
     "no file": ("bridge", {"file": "registration.yaml"}),
     "masked": ("bridge", {"registration": a_registration(as_token=MASKED)}),
-    "no list": ("bridge", {"registration": a_registration(), "arguments": "--init"}),
+    "no list": ("bridge", {"registration": a_registration(), "arguments": "--ipc=private"}),
     "no option": ("bridge", {"registration": a_registration(), "arguments": ["image"]}),
     "a taken user": ("bridge", {"registration": a_registration(sender_localpart="taken")}),
     "in the pillar": ("other", {"registration": a_registration()}),
@@ -525,10 +525,14 @@ def test_bridges_get_an_address_without_tls(minion, nginx, host, container):
     assert minion.synapse_appservice.listen() == container
 
 
-def test_without_nginx_bridges_use_the_public_url(minion):
-    minion.pillar.update(nginx={"managed": False}, public_base_url="https://matrix.example.org")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({"public_base_url": "https://matrix.example.org"}, "https://matrix.example.org"), ({}, "https://example.org/")],
+)
+def test_without_nginx_bridges_use_the_public_url(minion, given, expected):
+    minion.pillar.update(nginx={"managed": False}, **given)
     about = minion.synapse_appservice.homeserver()
-    assert set(about["url"].values()) == {"https://matrix.example.org"}
+    assert set(about["url"].values()) == {expected}
     assert about["after"] == ["matrix-synapse.service"]
     assert minion.synapse_appservice.listen() is None
 

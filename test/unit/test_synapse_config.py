@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 
 import pytest
 import salt.minion
@@ -224,6 +225,32 @@ def test_files_are_those_of_the_plan(minion, config):
     assert all(text.startswith("# Written by") for path, text in files.items() if path.endswith(".yaml"))
 
 
+def test_a_section_of_a_worker_has_all_that_the_others_have_in_it(minion, config):
+    own = {
+        "caches": {"global_factor": 2, "per_cache_factors": {"a": 3}},
+        "database": {"args": {"cp_max": 20}},
+        "experimental_features": {"x": True},
+        "rc_message": {"per_second": 1},
+    }
+    shared = {
+        "caches": {"global_factor": 1, "per_cache_factors": {"a": 1, "b": 1}},
+        "experimental_features": {"y": True},
+        "rc_message": None,
+    }
+    minion.run(minion.good_pillar({"config": shared, "workers:list": [{**GENERIC, "config": own}, PUSHER]}))
+    files = config.files()
+    first, second = (
+        salt.utils.yaml.safe_load(files[process["config_files"][1]])
+        for process in minion.synapse_workers.plan()["processes"][1:]
+    )
+    assert first["caches"] == {"global_factor": 2, "per_cache_factors": {"a": 3, "b": 1}}
+    assert first["database"]["args"]["dbname"] == "synapse"
+    assert first["database"]["args"]["cp_max"] == 20
+    assert first["experimental_features"] == {"x": True, "y": True}
+    assert first["rc_message"] == {"per_second": 1}
+    assert not set(own) & set(second)
+
+
 def test_a_run_would_write_what_differs_and_nothing_twice(minion, config):
     minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
     assert config.pending() == [*config.files(), f"{minion.directory}/config/accepted-by"]
@@ -352,7 +379,9 @@ def parser(minion):
     (minion.directory / "config").mkdir()
     asked = []
 
-    def run_all(command, stdin, **kwargs):
+    def run_all(command, stdin=None, **kwargs):
+        if command[0] == "cp":
+            return {"retcode": subprocess.run(command).returncode}
         (mount,) = (word for word in command if f"target={minion.directory}/config," in word)
         candidate = re.search(r"source=([^,]+)", mount)[1]
         files = [os.path.join(path, name) for path, _, names in os.walk(candidate) for name in names]
@@ -380,7 +409,7 @@ def test_files_are_written_once_synapse_accepts_them(minion, config, parser):
     (asked,) = parser.asked
     assert list(asked["readers"]) == ["matrix-synapse", "matrix-synapse-worker-0-generic"]
     assert "homeserver.yaml" in asked["files"]
-    assert "--network none --pull never" in " ".join(asked["command"])
+    assert {"--network=none", "--pull=never", "--read-only", "--cap-drop=ALL"} <= set(asked["command"])
     for path in config.files():
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
     assert not list((minion.directory / "config").glob(".candidate-*"))
@@ -392,6 +421,40 @@ def test_only_who_reads_a_changed_file_is_asked(minion, config, parser):
     minion.run(minion.good_pillar({"workers:list": [GENERIC, {**PUSHER, "config": {"a": 1}}, TYPING]}))
     config.write("image")
     assert list(parser.asked[-1]["readers"]) == ["matrix-synapse-worker-1-pusher"]
+
+
+def test_synapse_is_shown_the_operators_own_files(minion, config, parser):
+    minion.run(minion.good_pillar({"workers:list": [GENERIC]}))
+    minion.write("config/turn", SECRET)
+    minion.write("config/templates/a/notice.html", "<p>")
+    minion.write("config/.candidate-x/homeserver.yaml", "left")
+    config.write("image")
+    (asked,) = parser.asked
+    assert {"turn", "templates/a/notice.html", "homeserver.yaml"} <= set(asked["files"])
+    assert not [path for path in asked["files"] if "candidate" in path]
+    assert (minion.directory / "config/turn").read_text() == SECRET
+
+
+def test_synapse_is_shown_what_each_process_is_shown_and_no_other_argument(minion, config, parser):
+    settings = {
+        "process:arguments": ["--volume=/srv/all:/srv/all:ro", "--ip=172.29.88.9"],
+        "workers:list": [GENERIC, {**PUSHER, "arguments": ["-v/srv/one:/srv/one:ro", "--env=A=b"]}],
+        "appservices:bridge": {"registration": REGISTRATION, "arguments": ["--group-add=5", "--add-host=a:10.0.0.1"]},
+    }
+    minion.salt["synapse_image.wanted"] = lambda image: {**IMAGE, "pycache": "bytecode"}
+    minion.run(minion.good_pillar(settings))
+    config.write("image")
+    base = minion.synapse_process.base_arguments("CANDIDATE")
+    assert "--mount=type=volume,source=bytecode,target=/var/cache/python,readonly" in base
+    added = []
+    for asked in parser.asked:
+        words = asked["command"][5 : asked["command"].index("--entrypoint=python3")]
+        assert len(words[: len(base)]) == len(base)
+        added.append((list(asked["readers"]), words[len(base) :]))
+    assert added == [
+        (PROCESSES[:2], ["--group-add=5", "--volume=/srv/all:/srv/all:ro"]),
+        (PROCESSES[2:3], ["--group-add=5", "-v/srv/one:/srv/one:ro", "--env=A=b"]),
+    ]
 
 
 def test_what_synapse_does_not_accept_changes_nothing(minion, config, parser):
@@ -546,6 +609,49 @@ def test_an_account_keeps_its_ids(minion, config, ids, expected):
     assert config.faults() == []
 
 
+# What cannot be done to the homeserver that is there
+
+
+def test_data_that_are_elsewhere_are_moved_by_hand(minion, config):
+    minion.run(minion.good_pillar())
+    write_everything(minion)
+    minion.write("data/secrets/signing.key", OLD_KEY)
+    assert config.faults() == []
+    moved = minion.good_pillar({"server_name": "example.com", "directories:data": f"{minion.directory}/moved"})
+    there = f'"{minion.directory}/moved": this homeserver\'s data are in {minion.directory}/data'
+    right = "stop Synapse and move them by hand first"
+    assert minion.run(moved).synapse_workers.validate() == [f"synapse:directories:data: {there}; {right}"]
+    # A copy, or nothing left to move.
+    minion.write("moved/secrets/signing.key", OLD_KEY)
+    assert config.faults() == []
+    minion.write("moved/secrets/signing.key", NEW_KEY)
+    assert len(config.faults()) == 1
+    (minion.directory / "data/secrets/signing.key").unlink()
+    assert config.faults() == []
+
+
+def test_a_docker_network_keeps_its_subnet(minion, config):
+    minion.salt["cmd.run_stdout"] = lambda command, **kwargs: "172.29.88.0/24\nfd00::/64\n"
+    assert minion.run(minion.good_pillar()).synapse_workers.validate() == []
+    (line,) = minion.run(minion.good_pillar({"docker:network:subnet": "10.1.0.0/16"})).synapse_workers.validate()
+    assert line.startswith(
+        'synapse:docker:network:subnet: "10.1.0.0/16": the network matrix-synapse has 172.29.88.0/24'
+    )
+
+
+def test_a_network_is_asked_for_once_a_run_and_needs_no_engine(minion, config):
+    asked = []
+
+    def no_docker(command, **kwargs):
+        asked.append(command)
+        raise CommandExecutionError("no such program")
+
+    minion.salt["cmd.run_stdout"] = no_docker
+    minion.run(minion.good_pillar())
+    assert config.faults() == config.faults() == []
+    assert len(asked) == 1
+
+
 # Secrets
 
 
@@ -593,6 +699,47 @@ def test_the_pillars_secrets_are_taken_and_stay_when_it_forgets_them(minion, con
     assert (secrets / "signing.key").read_text() == NEW_KEY
     minion.run(minion.good_pillar())
     assert config.pending_secrets() == []
+
+
+def test_an_empty_secret_is_made_anew_and_an_empty_signing_key_is_lost(minion, config, secrets):
+    minion.run(minion.good_pillar())
+    config.write_secrets()
+    (secrets / "form").write_text("")
+    assert config.pending_secrets() == config.write_secrets() == ["form"]
+    assert (secrets / "form").read_text()
+    (secrets / "signing.key").write_text("")
+    assert config.pending_secrets() == []
+    (line,) = config.faults()
+    assert line.startswith(f"synapse:signing_key:current: is missing: {secrets}/signing.key is empty; put the key back")
+    minion.run(minion.good_pillar({"signing_key:current": OLD_KEY}))
+    assert config.faults() == []
+    assert config.write_secrets() == ["signing.key"]
+    assert (secrets / "signing.key").read_text() == OLD_KEY
+    assert sorted(path.name for path in secrets.iterdir()) == NAMES
+
+
+def test_what_replaces_a_file_is_on_the_disk_before(minion, config, secrets, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncs(descriptor):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def replaces(source, target):
+        events.append(("replace", target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(os, "replace", replaces)
+    minion.run(minion.good_pillar())
+    for name in config.write_secrets():
+        path = f"{secrets}/{name}"
+        assert [event for event in events if event[1] in (path, f"{path}.new")] == [
+            ("sync", f"{path}.new"),
+            ("replace", path),
+        ]
+    assert events[-1] == ("sync", str(secrets))
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)

@@ -241,7 +241,7 @@ CHANGES = {
     "nginx": ({"nginx:client:listen": [8009]}, []),
     "whether it runs": ({"process:running": False}, []),
     "a worker's memory": ({"workers:list": [{**GENERIC, "memory": "1G"}, PUSHER]}, [FIRST]),
-    "a worker's arguments": ({"workers:list": [GENERIC, {**PUSHER, "arguments": ["--tty"]}]}, [SECOND]),
+    "a worker's arguments": ({"workers:list": [GENERIC, {**PUSHER, "arguments": ["--ipc=none"]}]}, [SECOND]),
     "a worker's config": ({"workers:list": [GENERIC, {**PUSHER, "config": {"a": 1}}]}, [SECOND]),
     "main's memory": ({"main:memory": "1G"}, [MAIN]),
     "everybody's memory": ({"process:memory": "1G"}, NAMES),

@@ -7,6 +7,7 @@ opened but files to read.
 
 import contextlib
 import datetime
+import hashlib
 import json
 import pathlib
 import re
@@ -166,8 +167,34 @@ PROCESSES = {
         {"main:arguments": ["--name=mine"]}, "none that the formula sets", at="main:arguments:0"
     ),
     "an argument that sets the identity": row(
-        {"main:arguments": ["--init", "--user=0"]}, "none that the formula sets", at="main:arguments:1"
+        {"main:arguments": ["--ipc=private", "--user=0"]}, "none that the formula sets", at="main:arguments:1"
     ),
+    "a value in the same string, but not after =": row(
+        {"main:arguments": ["--ulimit nofile=65536"]}, "such as --ulimit=nofile=65536", at="main:arguments:0"
+    ),
+    **{
+        f"an argument that undoes the formula, {argument}": row(
+            {"main:arguments": [argument]}, "none that the formula sets", at="main:arguments:0"
+        )
+        for argument in (
+            "--user 0",
+            "-u0",
+            "-iu0",
+            "--init=false",
+            "--read-only=false",
+            "--network=host",
+            "--net=host",
+            "--cidfile=/tmp/id",
+            "-d",
+            "-it",
+            "--tty",
+            "--label=org.matrix.synapse.process.inputs=0",
+            "-lorg.matrix.synapse.process=me",
+            "--env=NOTIFY_SOCKET=/nowhere",
+            "--env=PGAPPNAME",
+            "-ePYTHONPYCACHEPREFIX=/nowhere",
+        )
+    },
     "an argument of two lines": row(
         {"main:arguments": ["--env=A=b\nExecStartPre=/bin/true"]}, "in one string", at="main:arguments:0"
     ),
@@ -249,6 +276,16 @@ WORKERS = {
         "it belongs into synapse:config",
         at="workers:list:0:config:stream_writers",
     ),
+    "a worker as a daemon": row(
+        workers({**GENERIC, "config": {"worker_daemonize": True}}),
+        "leave it out",
+        at="workers:list:0:config:worker_daemonize",
+    ),
+    "a worker without Redis": row(
+        workers({**GENERIC, "config": {"redis": {"enabled": False}}}),
+        "since there are workers",
+        at="workers:list:0:config:redis:enabled",
+    ),
     "a secret in a worker's config": row(
         workers({**GENERIC, "config": {"worker_replication_secret": SECRET}}),
         "synapse:secrets:replication",
@@ -264,6 +301,17 @@ CONFIG = {
     "a secret with a place of its own": row({"config:macaroon_secret_key": SECRET}, "synapse:secrets:macaroon"),
     "a secret's file": row({"config:form_secret_path": "/etc/hush"}, "synapse:secrets:form"),
     "a signing key": row({"config:signing_key": SIGNING_KEY}, "synapse:signing_key:current"),
+    "an upload size for Synapse alone": row({"config:max_upload_size": "100M"}, "belongs into synapse:max_upload_size"),
+    "a URL for Synapse alone": row({"config:public_baseurl": "https://a.b/"}, "belongs into synapse:public_base_url"),
+    "a media store elsewhere": row({"config:media_store_path": "/srv/media"}, "synapse:directories:data"),
+    "a daemon": row({"config:daemonize": True}, "leave it out"),
+    "workers as daemons": row({"config:worker_daemonize": True}, "leave it out"),
+    "workers without Redis": row(
+        {"workers:list": [GENERIC], "config:redis": {"enabled": False}},
+        "since there are workers",
+        at="config:redis:enabled",
+    ),
+    "workers with a Redis of nothing": row({"workers:list": [GENERIC], "config:redis": None}, "a mapping"),
     "a ghost that pushes": row(
         {"workers:list": [PUSHER], "config:pusher_instances": ["matrix-synapse-worker-0-pusher", NO_SUCH_WORKER]},
         NO_SUCH_WORKER,
@@ -290,6 +338,29 @@ CONFIG = {
     "two writers in the operator's own words": row(
         {"workers:list": [GENERIC], "config:stream_writers:typing": ["master", "matrix-synapse-worker-0-generic"]},
         "Synapse allows one writer",
+    ),
+    "main in place of a writer": row(
+        {"workers:list": [TYPING], "config:stream_writers:typing": "master"},
+        "by matrix-synapse-worker-0-stream-writer-typing: leave",
+    ),
+    "the writer of another stream": row(
+        {
+            "workers:list": [TYPING, EVENTS],
+            "config:stream_writers:typing": "matrix-synapse-worker-1-stream-writer-events",
+        },
+        "by matrix-synapse-worker-0-stream-writer-typing: leave",
+        "add or remove an entry",
+    ),
+    "a writer that is none in the plan": row(
+        {"workers:list": [GENERIC], "config:stream_writers:events": ["matrix-synapse-worker-0-generic"]},
+        "written by master",
+    ),
+    "one writer of two": row(
+        {
+            "workers:list": [{**EVENTS, "count": 2}],
+            "config:stream_writers:events": ["matrix-synapse-worker-1-stream-writer-events"],
+        },
+        "matrix-synapse-worker-0-stream-writer-events and matrix-synapse-worker-1-stream-writer-events: leave it out",
     ),
     "a writer by number": row({"config:stream_writers:typing": [{}]}, "the name of a process"),
     "writers in a list": row({"config:stream_writers": ["events"]}, "a mapping"),
@@ -564,6 +635,20 @@ def test_no_pillar_at_all_is_told_so(minion):
     assert "see pillar.example" in line
 
 
+@pytest.mark.parametrize("hash_type", ["sha256", "sha512", "md5"])
+def test_a_module_is_out_of_date_if_the_file_server_has_another_by_whatever_digest(minion, monkeypatch, hash_type):
+    source = "_modules/synapse_workers.py"
+    served = {"hsum": hashlib.new(hash_type, (ROOT / source).read_bytes()).hexdigest(), "hash_type": hash_type}
+    monkeypatch.setitem(minion.synapse_workers.__opts__, "extension_modules", str(minion.directory))
+    minion.salt |= {"cp.list_master": lambda prefix: [source][: prefix in source], "cp.hash_file": lambda url: served}
+    changed = f"{source} changed since the minion synced it: run `salt-call saltutil.sync_all` first"
+    assert minion.synapse_workers.outdated_modules() == [changed]
+    minion.write("modules/synapse_workers.py", (ROOT / source).read_text())
+    assert minion.synapse_workers.outdated_modules() == []
+    minion.write("modules/synapse_workers.py", "# of before\n")
+    assert minion.synapse_workers.outdated_modules() == [changed]
+
+
 def test_all_faults_are_told_at_once(minion):
     settings = {
         "server_name": "a b",
@@ -620,6 +705,19 @@ GOOD = {
         "process:memory": "512M",
         "workers:list": [{**GENERIC, "memory": None}],
     },
+    "arguments of all kinds": {
+        "process:arguments": [
+            "--volume=/srv/turn:/srv/turn:ro",
+            "-v/srv/a b:/srv/b",
+            "--network-alias=synapse",
+            "--ulimit=nofile=65536",
+            "--label=org.example.backup=no",
+            "--env=LANG=C.UTF-8",
+            "--env=PGAPPNAMES=a=b",
+            "-m1g",
+            "--privileged",
+        ]
+    },
     "none of them": workers({**GENERIC, "count": 0}, {**TYPING, "count": 0}, TYPING),
     "both kinds of IP": {"nginx:client:listen": ["8008", "[::]:8008"], "nginx:federation:listen": [8448, "[::]:8448"]},
     "colliding listeners of nobody": {"nginx:managed": False, "nginx:federation:listen": ["127.0.0.1:8008"]},
@@ -627,12 +725,22 @@ GOOD = {
     "an external database by its socket": {"postgres:managed": False, "postgres:host": "/run/postgresql-17"},
     "an external Redis": {"redis:managed": False, "redis:host": "::1"},
     "main by its name": {"config": {"stream_writers": {"typing": "master"}, "run_background_tasks_on": "master"}},
+    "writers as the plan has them": {
+        "workers:list": [TYPING, EVENTS],
+        "config:stream_writers": {
+            "typing": ["matrix-synapse-worker-0-stream-writer-typing"],
+            "events": ["matrix-synapse-worker-1-stream-writer-events", "far"],
+        },
+        "config:instance_map": {"far": {"host": "b", "port": 1}},
+    },
     "a proxy": {
         "workers:list": [GENERIC],
         "config:outbound_federation_restricted_to": ["matrix-synapse-worker-0-generic"],
     },
     "a worker elsewhere": {"config": {"instance_map": {"far": {"host": "b", "port": 1}}, "pusher_instances": ["far"]}},
     "no proxies": {"config:outbound_federation_restricted_to": None},
+    "no Redis for main alone": {"workers:list": [{**GENERIC, "count": 0}], "config:redis": {"enabled": False}},
+    "a tuned Redis": {"workers:list": [GENERIC], "config:redis": {"dbid": 1}},
     "null and numbers": {"config": {"presence": None, "rc_message": {"per_second": 0.2, "burst_count": 10}}},
     "a signing key in a block": {"signing_key:current": SIGNING_KEY + "\n"},
     "a signing key replaced": {
@@ -797,6 +905,45 @@ def test_settings_show_no_secret_to_who_asks_by_a_job(minion):
     assert shown["workers"]["list"] == [{"type": "generic", "config": {"a": "(not shown)"}}]
     assert shown["appservices"]["bridge"]["registration"] == {"as_token": "(not shown)"}
     assert shown["nginx"] == settings()["nginx"]
+
+
+def test_no_job_shows_a_workers_settings_or_a_token(minion):
+    registration = {**REGISTRATION, "as_token": SECRET, "com.example.password": HUSH}
+    pillar = minion.good_pillar(
+        {
+            "workers:list": [{**GENERIC, "config": {"email": {"smtp_pass": HUSH}}}],
+            "appservices:bridge:registration": registration,
+            "appservices:other:registration": {**REGISTRATION, "sender_localpart": "other"},
+        }
+    )
+    minion.run(pillar)
+    minion.synapse_appservice.ensure_tokens()
+    made = minion.synapse_appservice.tokens("other")["as_token"]
+    workers, appservice = minion.synapse_workers, minion.synapse_appservice
+    for function, *args in (
+        (workers.plan,),
+        (appservice.registrations,),
+        (appservice.registration, "bridge"),
+        (appservice.registration, "other"),
+        (appservice.tokens, "bridge"),
+        (appservice.tokens, "other"),
+    ):
+        assert re.search(f"{HUSH}|{made}", json.dumps(function(*args)))
+        assert not re.search(f"{HUSH}|{made}", json.dumps(as_job(function, *args)))
+    worker, shown = workers.plan()["processes"][1], as_job(workers.plan)["processes"][1]
+    assert shown["config"] == {**worker["config"], "email": "(not shown)"}
+    assert shown | {"config": None} == worker | {"config": None}
+    assert as_job(appservice.registration, "bridge") == {
+        "id": "bridge",
+        **registration,
+        "as_token": "(not shown)",
+        "hs_token": "(not shown)",
+        "com.example.password": "(not shown)",
+    }
+    minion.run(minion.good_pillar())
+    appservice.store("stored", registration)
+    assert appservice.entry("stored")["registration"] == registration
+    assert HUSH not in json.dumps(as_job(appservice.entry, "stored"))
 
 
 @pytest.mark.parametrize(

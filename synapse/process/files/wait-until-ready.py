@@ -15,12 +15,12 @@ import sys
 
 
 def bind(path):
-    """A datagram socket at the path, which any user can send to: the directory says who may enter."""
+    """A datagram socket at the path, which any user can send to."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+    os.umask(0o111)
     receiver.bind(path)
-    os.chmod(path, 0o666)
     return receiver
 
 

@@ -1,0 +1,30 @@
+"""What nginx is told: whose requests it takes, and when it has to read its files again."""
+
+import pytest
+
+
+@pytest.fixture
+def nginx(minion, tmp_path):
+    minion.salt |= {"cp.hash_file": lambda url: {"hsum": url}}
+    minion.move_to(tmp_path)
+
+    def context(**changes):
+        changes = {key.replace("__", ":"): value for key, value in changes.items()}
+        return minion.run(minion.good_pillar(changes)).synapse_nginx.context()
+
+    return context
+
+
+def test_it_takes_the_requests_that_name_the_homeserver(nginx):
+    context = nginx(server_name="example.org:8448", public_base_url="https://matrix.example.org/")
+    assert context["nginx"]["server_names"] == ["127.0.0.1", "172.29.88.1", "example.org", "matrix.example.org"]
+    assert "[::1]" in nginx(server_name="[::1]:8448")["nginx"]["server_names"]
+
+
+def test_a_renewed_certificate_is_another_configuration(nginx, tmp_path):
+    files = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+    before = nginx(nginx__client__tls=files)["digest"]
+    (tmp_path / "cert.pem").write_text("new")
+    renewed = nginx(nginx__client__tls=files)["digest"]
+    assert renewed != before
+    assert nginx(nginx__client__tls=files)["digest"] == renewed
