@@ -194,7 +194,6 @@ REQUESTS = {
         PUT /_matrix/client/v3/devices/D
         DELETE /_matrix/client/v3/devices/D
         POST /_matrix/client/v3/keys/upload
-        POST /_matrix/client/v3/keys/upload/D
         POST /_matrix/client/v3/keys/device_signing/upload
         POST /_matrix/client/v3/keys/signatures/upload
     """,
