@@ -20,7 +20,7 @@ def test_the_release_that_is_proven_is_the_one_that_is_installed_by_default():
     assert DEFAULTS["image"]["version"] == f"v{SYNAPSE_VERSION}"
 
 
-def test_the_data_has_no_route_that_synapse_does_not_register(known):
+def test_the_data_and_synapse_agree_about_routes_streams_and_servlets(known):
     assert proof.stale(known) == []
 
 

@@ -9,7 +9,8 @@ Reads kinds of processes from standard input, as ``{kind: {"app", "resources", "
 
     {"release": "1.163.2",
      "requests": {"METHOD /path": {kind: servlet}, ...},
-     "own map": ["METHOD /path", ...]}
+     "own map": ["METHOD /path", ...],
+     "streams": [stream, ...]}
 
 ``requests`` are concrete ones, at least one for each pattern that is registered; a kind that would not answer is not in it.
 ``own map`` are those of them that `synapse._scripts.generate_workers_map` says a worker can answer.
@@ -24,12 +25,14 @@ import sys
 import tempfile
 import types
 
+import attr
 from signedjson.key import generate_signing_key
 from synapse._scripts import generate_workers_map
 from synapse.api.errors import UnrecognizedRequestError
 from synapse.app import _base, generic_worker, homeserver
 from synapse.config._base import ConfigError
 from synapse.config.homeserver import HomeServerConfig
+from synapse.config.workers import WriterLocations
 from synapse.http.server import JsonResource, UnrecognizedRequestResource
 from twisted.web.resource import Resource, getChildForRequest
 from twisted.web.static import File
@@ -78,6 +81,7 @@ def main():
         "release": synapse.__version__,
         "requests": dict(sorted(requests.items())),
         "own map": sorted(own_map),
+        "streams": sorted(field.name for field in attr.fields(WriterLocations)),
     }
     json.dump(found, sys.stdout)
 

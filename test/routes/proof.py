@@ -92,7 +92,6 @@ MAIN_ALONE = {
     "OIDCCallbackResource",
     "OIDCBackchannelLogoutResource",
     "MSC4108RendezvousSessionResource",
-    "SAML2Resource",
 }
 
 # Not for the public: nginx answers these itself, or not at all.
@@ -122,7 +121,7 @@ def main(releases):
             print(f"    {len(requests):4}  {why}")
         if release != SYNAPSE_VERSION:
             print(f"\n  What it answers otherwise than {SYNAPSE_VERSION}:")
-            for line in differences(pinned, known) or ["nothing"]:
+            for line in [*differences(pinned, known), *stale(known)] or ["nothing"]:
                 print(f"    {line}")
     print(f"\n{len(faults)} faults", *faults, sep="\n")
     return 1 if faults else 0
@@ -291,17 +290,29 @@ def reason(request, release, unused):
 
 
 def stale(known):
-    """Paths of the data that nothing in Synapse registers, and requests where Synapse's own map is of another opinion."""
-    keys = [request.replace(" ", ":", 1) for request in known["requests"]]
-    return [
-        f"routes.yaml has a route that Synapse {known['release']} does not register: {match}"
-        for _, match in minion().synapse_workers.matches(DATA["routes"], known["release"])
+    """What the data and this proof know otherwise than a release, a sentence each."""
+    release, requests = known["release"], known["requests"]
+    keys = [request.replace(" ", ":", 1) for request in requests]
+    servlets = {servlet for kinds in requests.values() for servlet in kinds.values()}
+    lines = [
+        f"routes.yaml has a route that Synapse {release} does not register: {match}"
+        for _, match in minion().synapse_workers.matches(DATA["routes"], release)
         if not any(re.match(match, key) for key in keys)
-    ] + [
-        f"Synapse's own map says that a worker answers {request}, and none does"
-        for request in known["own map"]
-        if not any("generic_worker" in kind for kind in known["requests"].get(request, []))
     ]
+    lines += [
+        f"workers.yaml and Synapse {release} do not both have the stream {stream}"
+        for stream in sorted({*DATA["workers"]["streams"]} ^ {*known["streams"]})
+    ]
+    lines += [
+        f"proof.py has a servlet that Synapse {release} does not register: {name}"
+        for name in sorted({*WRITERS, *MAIN_ALONE} - servlets)
+    ]
+    lines += [
+        f"Synapse {release}'s own map says that a worker answers {request}, and none does"
+        for request in known["own map"]
+        if not any("generic_worker" in kind for kind in requests.get(request, []))
+    ]
+    return lines
 
 
 def differences(before, after):
