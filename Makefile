@@ -9,7 +9,7 @@ pytest = $(PYTEST) $(1) || [ $$? -eq 5 ]
 TWO_FILES_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-down test lint format test-unit test-functional test-e2e bench clean
+.PHONY: help setup demo demo-down test lint format test-unit test-functional test-e2e test-routes bench clean
 
 help:  ## Show what there is
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-functional: setup  ## Run the tests of Salt modules, states and templates
 
 test-e2e: setup  ## Apply the formula in disposable hosts and use the homeserver
 	$(call pytest,test/host test/e2e $(TWO_FILES_AT_A_TIME))
+
+test-routes: setup  ## Prove the routes against releases of Synapse, or against one: SYNAPSE=1.164.0
+	$(PYTHON) test/routes/proof.py $(SYNAPSE)
 
 bench: setup  ## Run all benchmarks
 	$(PYTHON) test/bench/bench.py

@@ -15,7 +15,7 @@ def context():
     Return the context of nginx's template: a dict with
 
     ``plan``
-        Upstreams and routes: see ``synapse_workers.build``.
+        Upstreams, routes and what is public: see ``synapse_workers.routing``.
 
     ``nginx``
         Listeners, limits and answers.
@@ -32,7 +32,7 @@ def context():
     settings = __salt__["synapse_pillar.settings"]()
     plan = __salt__["synapse_workers.plan"]()
     known = {
-        "plan": {key: plan[key] for key in ("upstreams", "routes")},
+        "plan": {key: plan[key] for key in ("upstreams", "routes", "public")},
         "nginx": {
             "client": settings["nginx"]["client"],
             "internal": __salt__["synapse_appservice.listen"](),

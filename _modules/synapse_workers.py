@@ -11,6 +11,7 @@ that writes one of Synapse's streams; the *roster* is the record of the names al
 
 import hashlib
 import json
+import math
 import pathlib
 import re
 
@@ -239,8 +240,8 @@ def build(settings, workers, routes_data, roster):
     ``shared``
         The settings of homeserver.yaml that bind the processes together.
 
-    ``upstreams``, ``routes``
-        What nginx needs.
+    ``upstreams``, ``routes``, ``public``
+        What nginx needs: see :func:`routing`.
 
     ``max_connections``
         How many connections the database must allow.
@@ -258,7 +259,7 @@ def build(settings, workers, routes_data, roster):
     return {
         "processes": processes,
         "shared": shared,
-        **routing(processes, routes_data),
+        **routing(processes, routes_data, settings["image"]["version"]),
         "max_connections": max_connections(len(processes), settings),
         "roster": {
             "server_name": settings["server_name"],
@@ -452,7 +453,7 @@ def max_connections(processes, settings):
     return allowed
 
 
-def routing(processes, routes_data):
+def routing(processes, routes_data, version):
     """
     Return what nginx needs to send each request to a process that can answer it, as a dict of
 
@@ -464,27 +465,58 @@ def routing(processes, routes_data):
         A list in the order of precedence. Each has ``match``, a regular expression over ``METHOD:/raw/path``, and
         ``upstream``, the name of one. What none of them matches is main's.
 
+    ``public``
+        What each of nginx's servers, ``client`` and ``federation``, lets in: a list of dicts with ``path``, what the request
+        begins with, and the flags ``media`` and ``admin``.
+
     processes
         Dicts with at least ``name``, ``type``, ``stream`` (or None) and ``public_socket`` (None: serves no requests).
 
     routes_data
         ``data/routes.yaml``.
+
+    version
+        The release of Synapse, such as ``v1.163.2``; one that is no number is newer than all.
     """
     main = next(process["public_socket"] for process in processes if process["type"] == "main")
     upstreams = {MAIN_UPSTREAM: {"name": MAIN_UPSTREAM, "balance": None, "servers": [main]}}
     found = []
-    for route in routes_data["routes"]:
+    for route, match in matches(routes_data, version):
         upstream = _upstream(route, processes) or upstreams[MAIN_UPSTREAM]
         upstreams.setdefault(upstream["name"], upstream)
-        methods = _methods(route.get("methods"))
-        found += [
-            {"match": f"^{methods}:{_regex(path, routes_data['names'])}$", "upstream": upstream["name"]}
-            for path in route["paths"]
-        ]
+        found.append({"match": match, "upstream": upstream["name"]})
     # Main is the default: a route to it is only of use where it keeps a later one from matching.
     while found and found[-1]["upstream"] == MAIN_UPSTREAM:
         found.pop()
-    return {"upstreams": list(upstreams.values()), "routes": found}
+    public = {
+        server: [{"path": path, "media": False, "admin": False, **(traits or {})} for path, traits in paths.items()]
+        for server, paths in routes_data["public"].items()
+    }
+    return {"upstreams": list(upstreams.values()), "routes": found, "public": public}
+
+
+def matches(routes_data, version):
+    """
+    Return a list of pairs in the order of precedence: a route of ``data/routes.yaml``, and a regular expression over
+    ``METHOD:/raw/path`` for one of its paths. Routes that do not hold for a release of Synapse are left out.
+    """
+    return [
+        (route, f"^{_methods(route.get('methods'))}:{_regex(path, routes_data['names'])}$")
+        for route in routes_data["routes"]
+        if _holds(route, version)
+        for path in route["paths"]
+    ]
+
+
+def _holds(route, version):
+    minor = _minor(version)
+    return _minor(route.get("since", "0.0")) <= minor <= _minor(route.get("until", "latest"))
+
+
+def _minor(version):
+    """A release without its patch, to compare."""
+    numbers = re.match(r"v?(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers else (math.inf,)
 
 
 def _upstream(route, processes):
@@ -527,7 +559,7 @@ def faults(settings, workers, roster):
     found += _roster_faults(settings, roster)
     if found:
         return found
-    planned = build(settings, workers, {"routes": [], "names": {}}, roster)
+    planned = build(settings, workers, {"routes": [], "names": {}, "public": {}}, roster)
     found += _socket_faults(planned, settings)
     found += _connection_faults(planned, settings)
     found += _ghost_faults(planned, settings["config"], workers)

@@ -7,9 +7,7 @@ import collections
 import contextlib
 import http.client
 import http.server
-import importlib.util
 import json
-import os
 import pathlib
 import shutil
 import socket
@@ -18,12 +16,11 @@ import ssl
 import subprocess
 import threading
 
-import jinja2
 import pytest
 import yaml
+from front import DIGEST, Front, free_port, module, render
 
 ROOT = pathlib.Path(__file__).parents[2]
-DIGEST = "0123456789abcdef"
 ROUTES = yaml.safe_load((ROOT / "synapse/data/routes.yaml").read_text())
 STREAMS = yaml.safe_load((ROOT / "synapse/data/workers.yaml").read_text())["streams"]
 
@@ -197,7 +194,6 @@ REQUESTS = {
         PUT /_matrix/client/v3/devices/D
         DELETE /_matrix/client/v3/devices/D
         POST /_matrix/client/v3/keys/upload
-        POST /_matrix/client/v3/keys/upload/D
         POST /_matrix/client/v3/keys/device_signing/upload
         POST /_matrix/client/v3/keys/signatures/upload
     """,
@@ -385,11 +381,10 @@ class Process(socketserver.ThreadingUnixStreamServer):
         return Process(self.name, self.path)
 
 
-class Nginx:
+class Nginx(Front):
     """nginx before the given kinds of processes, each as often as it is named; a stream's name is its writer."""
 
     def __init__(self, directory, kinds, **settings):
-        self.directory = directory
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
         seen = collections.Counter()
@@ -408,45 +403,10 @@ class Nginx:
                     "public_socket": None if kind in SERVE_NOBODY else str(path),
                 }
             )
-        self.client, self.federation = free_port(), free_port()
-        self.settings = {
-            "client": {"listen": [f"127.0.0.1:{self.client}"], "tls": None},
-            "federation": {"listen": [f"127.0.0.1:{self.federation}"], "tls": None, "enabled": True},
-            "server_names": [],
-            "max_upload_size": "20M",
-            "admin_allow": ["127.0.0.1"],
-            "trusted_proxies": ["127.0.0.1"],
-            "well_known": {"client": None, "server": None},
-            "status_socket": str(directory / "status.sock"),
-            "back_door": str(directory / "back-door.sock"),
-            "maintenance_switch": str(directory / "maintenance"),
-            "log_directory": str(directory),
-            "internal": None,
-            **settings,
-        }
-        self.plan = synapse_workers().routing(planned, ROUTES)
-        self.config = render(self.plan, self.settings)
-        (directory / "matrix-synapse.conf").write_text(self.config)
-        (directory / "nginx.conf").write_text(
-            ("user root root;" if os.geteuid() == 0 else "")
-            + f"pid {directory}/pid; worker_processes 2; events {{}} http {{ include {directory}/matrix-synapse.conf;"
-            + "".join(
-                f"{it}_temp_path {directory}/{it};" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-            )
-            + "}"
-        )
-
-    def run(self, *arguments):
-        at = self.directory
-        command = ["nginx", "-p", at, "-c", at / "nginx.conf", "-e", at / "start.log", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True)
-
-    def __enter__(self):
-        self.run()
-        return self
+        super().__init__(directory, module("synapse_workers").routing(planned, ROUTES, "latest"), **settings)
 
     def __exit__(self, *_):
-        self.run("-s", "stop")
+        super().__exit__()
         for process in self.processes.values():
             process.stop()
 
@@ -467,30 +427,6 @@ class Nginx:
         """The name of the process that answers."""
         status, answered, _ = self.ask(method, uri, headers, body)
         return answered.get("X-Process", status)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def synapse_workers():
-    spec = importlib.util.spec_from_file_location("synapse_workers", ROOT / "_modules/synapse_workers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def render(plan, settings, version=None):
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT), undefined=jinja2.StrictUndefined)
-    template = environment.get_template("synapse/nginx/files/matrix-synapse.conf.jinja")
-
-    def run_stderr(command, ignore_retcode):
-        assert ignore_retcode
-        return version or subprocess.run(command.split(), capture_output=True, text=True, check=False).stderr
-
-    return template.render(plan=plan, nginx=settings, digest=DIGEST, salt={"cmd.run_stderr": run_stderr})
 
 
 @pytest.fixture(scope="module")

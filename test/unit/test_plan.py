@@ -488,6 +488,38 @@ def test_a_request_goes_to_who_can_answer_it(minion, request_line, with_workers)
     assert upstreams[next(matching, "synapse_main")] == [f"/run/matrix-synapse/public/{name}.sock"]
 
 
+@pytest.mark.parametrize(
+    ("version", "holds"),
+    [
+        ("v1.149.2", []),
+        ("v1.150.0", ["since"]),
+        ("1.150.3", ["since"]),
+        ("v1.99.0", ["until"]),
+        ("v1.100.7", ["until"]),
+        ("v1.101.0rc1", []),
+        ("v2.0.0", ["since"]),
+        ("latest", ["since"]),
+        ("develop", ["since"]),
+    ],
+)
+def test_a_route_holds_from_its_first_to_its_last_release(minion, version, holds):
+    data = {
+        "names": {},
+        "routes": [{"since": "1.150", "paths": ["/since"]}, {"until": "1.100", "paths": ["/until"]}],
+    }
+    found = minion.synapse_workers.matches(data, version)
+    assert [route["paths"][0].strip("/") for route, _ in found] == holds
+
+
+def test_the_routes_are_those_of_the_release_that_the_pillar_names(minion):
+    def matching(version):
+        planned = minion.plan({"workers:list": [GENERIC], "image:version": version})
+        return [route for route in planned["routes"] if "auth_issuer" in route["match"]]
+
+    assert matching("v1.160.0")
+    assert not matching("v1.161.0")
+
+
 # The function itself
 
 
