@@ -183,7 +183,7 @@ def run(version, method=None, jobs=None, kill=False, grace=None):
 
         salt-call synapse_upgrade.run 18
     """
-    known = __salt__["synapse_cluster.methods"]()
+    known = __salt__["synapse_migration.methods"]()
     for argument, value, is_right, right in (
         ("version", version, isinstance(version, int), "a major version, such as 18"),
         ("method", method, method is None or method in known, f"one of {', '.join(known)}"),
@@ -351,7 +351,7 @@ def _go_back(entry):
     """From any phase before users are served by the new cluster, to the old one and a healthy Synapse."""
     reached = entry.setdefault("back_from", _phase(entry))
     _enter(entry, "back")
-    __salt__["synapse_cluster.end_tools"]()
+    __salt__["synapse_migration.end_tools"]()
     undone = []
     touched = reached not in ("preflight", "stop")
     if touched:
@@ -381,7 +381,7 @@ def _put_right():
     if entry.get("returning"):
         _return(entry)
     elif phase in SERVED or (entry["final"] and phase != "back"):
-        __salt__["synapse_cluster.end_tools"]()
+        __salt__["synapse_migration.end_tools"]()
         _go_through(entry, phase)
     elif phase in ("start", "check") and _is_open():
         # Somebody has let users in by hand: what they wrote since is in the new cluster alone.
@@ -554,7 +554,7 @@ def _preflight(entry):
     if os.path.isdir(data) and os.listdir(data):
         raise CommandExecutionError(f"The directory {data}, which {new} needs, is not empty")
     if entry["method"] is None:
-        clones = __salt__["synapse_cluster.can_clone"](about["data"], data)
+        clones = __salt__["synapse_migration.can_clone"](about["data"], data)
         entry["method"] = "clone" if clones else "copy"
     faults = _faults_of_cluster(about, version, data, entry["method"])
     if faults:
@@ -565,7 +565,7 @@ def _preflight(entry):
     _write(journal_file(), entry)
     entry["left_behind"] = __salt__["synapse_cluster.create"](new, about, spare)
     _tell("preflight: pg_upgrade --check")
-    __salt__["synapse_cluster.check"](old, new, entry["method"], entry["jobs"])
+    __salt__["synapse_migration.check"](old, new, entry["method"], entry["jobs"])
     _meet(entry)
 
 
@@ -606,11 +606,11 @@ def _faults_of_cluster(about, version, data, method):
         faults.append(f"The database {synapse} is not UTF8 with C collation, as Synapse wants it: {rows[0]}")
     if about["slots"]:
         faults.append(f"These replication slots would be lost, drop them first: {', '.join(about['slots'])}")
-    missing = __salt__["synapse_cluster.missing_extensions"](version, about["extensions"])
+    missing = __salt__["synapse_migration.missing_extensions"](version, about["extensions"])
     if missing:
         listed = ", ".join(missing)
         faults.append(f"PostgreSQL {version} has not these extensions, install their packages first: {listed}")
-    strange = __salt__["synapse_cluster.strange_options"](version, about["column_options"])
+    strange = __salt__["synapse_migration.strange_options"](version, about["column_options"])
     if strange:
         faults.append(
             f"This release of PostgreSQL {version} does not know what the old one keeps with columns ({', '.join(strange)}):"
@@ -618,7 +618,7 @@ def _faults_of_cluster(about, version, data, method):
         )
     if method == "link" and not _same_file_system(about["data"], data):
         faults.append(f"method link needs {about['data']} and {data} on one file system")
-    if method == "clone" and not __salt__["synapse_cluster.can_clone"](about["data"], data):
+    if method == "clone" and not __salt__["synapse_migration.can_clone"](about["data"], data):
         faults.append(f"method clone: there are no reflinks from {about['data']} to {data}; copy does without")
     return [*faults, *_faults_of_space(about, data, method)]
 
@@ -630,7 +630,7 @@ def _same_file_system(one, other):
 def _faults_of_space(about, data, method):
     """Each file system has what the method needs on it. A dump goes where the cluster is, tablespaces or not."""
     sizes = {data: about["size"] - sum(about["tablespaces"].values()), **about["tablespaces"]}
-    share, margin = __salt__["synapse_cluster.methods"]()[method]["space"], __salt__["synapse_cluster.margin"]()
+    share, margin = __salt__["synapse_migration.methods"]()[method]["space"], __salt__["synapse_migration.margin"]()
     needs = {}
     for path, size in sizes.items():
         directory = __salt__["synapse_cluster.existing"](path)
@@ -650,13 +650,13 @@ def _stop(entry):
 
 
 def _upgrade(entry):
-    _write(_contents_file(), __salt__["synapse_cluster.contents"](entry["old"], entry["method"]))
+    _write(_contents_file(), __salt__["synapse_migration.contents"](entry["old"], entry["method"]))
     if entry["method"] == "dump":
         # Where nobody finds it who would go on writing to it.
         __salt__["synapse_cluster.stop"](entry["old"])
         __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
         __salt__["synapse_cluster.start"](entry["old"])
-    __salt__["synapse_cluster.move"](entry["old"], entry["new"], entry["method"], entry["jobs"], _progress(entry))
+    __salt__["synapse_migration.move"](entry["old"], entry["new"], entry["method"], entry["jobs"], _progress(entry))
     for cluster in ("old", "new"):
         __salt__["synapse_cluster.stop"](entry[cluster])
 
@@ -670,8 +670,8 @@ def _verify(entry):
     __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
     __salt__["synapse_cluster.place_at"](entry["new"], entry["about"]["port"], "manual")
     __salt__["synapse_cluster.start"](entry["new"])
-    faults = __salt__["synapse_cluster.differences"](
-        _read(_contents_file()), __salt__["synapse_cluster.contents"](entry["new"], entry["method"])
+    faults = __salt__["synapse_migration.differences"](
+        _read(_contents_file()), __salt__["synapse_migration.contents"](entry["new"], entry["method"])
     )
     faults += _lagging_sequences(entry["new"])
     if faults:
@@ -729,7 +729,7 @@ def _open(entry):
 
 
 def _care(entry):
-    entry["care"] = __salt__["synapse_cluster.care"](entry["new"], entry["method"])
+    entry["care"] = __salt__["synapse_migration.care"](entry["new"], entry["method"])
     _remove_probes(entry)
 
 
