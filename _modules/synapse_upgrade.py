@@ -21,6 +21,8 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 HOLDER = "synapse_postgres.upgrade"
 EVENT = "synapse/postgres/upgrade"
+# A file system with less is called full.
+FULL = 16 << 20
 
 # What Synapse itself checks when it starts, before anybody notices a sequence that lags behind.
 POSITIONS = "select stream_name as name, max(stream_id) as position from stream_positions group by stream_name"
@@ -329,6 +331,9 @@ def _fail(entry, err):
     """Undo what a phase did that failed; return a text that says all that an operator has to know."""
     phase = _phase(entry)
     said = f"The upgrade failed in the phase {phase}: {err or type(err).__name__}"
+    # A tool that can't write its log does not say so.
+    if entry["made"] and shutil.disk_usage(__salt__["synapse_cluster.existing"](entry["data"])).free < FULL:
+        said += f"\nThe file system of {entry['data']} is full."
     entry["error"] = said
     _write(journal_file(), entry)
     if phase in SERVED:
