@@ -23,6 +23,8 @@ HOLDER = "synapse_postgres.upgrade"
 EVENT = "synapse/postgres/upgrade"
 # A file system with less is called full.
 FULL = 16 << 20
+# Kept beside the journal, so that a disk that the upgrade fills has room for the journal and the lock on the way back.
+RESERVE = 1 << 20
 
 # What Synapse itself checks when it starts, before anybody notices a sequence that lags behind.
 POSITIONS = "select stream_name as name, max(stream_id) as position from stream_positions group by stream_name"
@@ -61,6 +63,10 @@ def _contents_file():
 
 def _lock_file():
     return f"{_data()}/postgres-upgrade.lock"
+
+
+def _reserve_file():
+    return f"{_data()}/postgres-upgrade.reserve"
 
 
 def _data():
@@ -254,6 +260,8 @@ def _begin(old, new, method, jobs, kill, grace):
         "error": None,
     }
     _write(journal_file(), entry)
+    with open(_reserve_file(), "wb") as reserve:
+        os.posix_fallocate(reserve.fileno(), 0, RESERVE)
     return entry
 
 
@@ -285,9 +293,14 @@ def _leave(entry):
 
 
 def _end(entry, outcome):
+    _use_reserve()
     _leave(entry)
     entry.update(outcome=outcome, progress=None)
     _write(journal_file(), entry)
+
+
+def _use_reserve():
+    pathlib.Path(_reserve_file()).unlink(missing_ok=True)
 
 
 def _phase(entry):
@@ -313,7 +326,9 @@ def _progress(entry):
 
     def tell(done):
         entry["progress"] = {"done": done, "total": entry["about"]["size"]}
-        _write(journal_file(), entry)
+        # On a full disk it is the tool that has to fail.
+        with contextlib.suppress(OSError):
+            _write(journal_file(), entry)
         _tell(f"{_phase(entry)}: {_of(entry['progress'])}")
 
     return tell
@@ -329,6 +344,7 @@ def _of(progress):
 
 def _fail(entry, err):
     """Undo what a phase did that failed; return a text that says all that an operator has to know."""
+    _use_reserve()
     phase = _phase(entry)
     said = f"The upgrade failed in the phase {phase}: {err or type(err).__name__}"
     # A tool that can't write its log does not say so.
@@ -354,6 +370,7 @@ def _fail(entry, err):
 
 def _go_back(entry):
     """From any phase before users are served by the new cluster, to the old one and a healthy Synapse."""
+    _use_reserve()
     reached = entry.setdefault("back_from", _phase(entry))
     _enter(entry, "back")
     __salt__["synapse_migration.end_tools"]()
@@ -431,7 +448,8 @@ def go_back(confirm=False, kill=False, grace=None):
         lost = f"All that was written since {entry['served_since']} stays behind in {entry['new']}"
         if not confirm:
             return {"would_serve": entry["old"], "lost": f"{lost}. To do it: confirm=True", "changed": False}
-        entry.update(outcome=None, returning=True, kill=kill, grace=grace)
+        # Those that were removed from the new cluster are still in the old one.
+        entry.update(outcome=None, returning=True, kill=kill, grace=grace, probes=entry["met_on_old"])
         _return(entry)
         return {"serves": entry["old"], "lost": f"{lost}, which is stopped and kept", "changed": True}
 
@@ -572,6 +590,7 @@ def _preflight(entry):
     _tell("preflight: pg_upgrade --check")
     __salt__["synapse_migration.check"](old, new, entry["method"], entry["jobs"])
     _meet(entry)
+    entry["met_on_old"] = list(entry["probes"])
 
 
 def _meet(entry):
@@ -743,6 +762,7 @@ def _remove_probes(entry):
         _meet(entry)
     __salt__["synapse_probe.end"](entry["probes"])
     entry["probes"] = []
+    _write(journal_file(), entry)
 
 
 PHASES = {
