@@ -609,7 +609,7 @@ def _faults_of_synapse():
     image = __salt__["synapse_image.wanted"](settings["image"])
     if not image["id"]:
         faults.append(f"The image {image['reference']} is not there: salt-call state.apply synapse brings it")
-    counted = __salt__["synapse_process.census"]()
+    counted = __salt__["synapse_process.census"](memory=False)
     planned = [process for process in counted["processes"] if process["type"]]
     sick = [process["name"] for process in planned if not process["healthy"]]
     if sick and not held:
