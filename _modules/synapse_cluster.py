@@ -7,17 +7,12 @@ A cluster is called as Debian calls it: ``15/main``.
 
 import contextlib
 import csv
-import fcntl
-import functools
 import io
 import json
 import os
 import pathlib
 import re
 import shutil
-import subprocess
-import tempfile
-import time
 
 from salt.exceptions import CommandExecutionError
 
@@ -27,22 +22,6 @@ EXTENSIONS = "/usr/share/postgresql/{}/extension"
 # What PostgreSQL's packages ask before they make a cluster.
 NO_NEW_CLUSTER = pathlib.Path("/etc/postgresql-common/createcluster.d/matrix-synapse.conf")
 
-# Tools run in units of systemd's, so that they end with all their children also when whoever started them was killed.
-TOOL = "matrix-synapse-postgres-"
-# FICLONE of ioctl_ficlone(2).
-CLONE = 0x40049409
-
-# How much free space a method needs on the file system of the new cluster, as a share of the old one's data, and the
-# option of pg_upgrade(1). A dump is loaded with all its WAL.
-METHODS = {
-    "clone": {"space": 0.05, "option": "--clone"},
-    "link": {"space": 0.05, "option": "--link"},
-    # The default of pg_upgrade, whose name only newer ones know.
-    "copy": {"space": 1.05, "option": None},
-    "dump": {"space": 1.5, "option": None},
-}
-# What a new cluster has of its own, and writes at the start.
-SPACE = 256 << 20
 
 # Settings that say where a cluster is, and so do not follow.
 PLACES = {"data_directory", "port"}
@@ -64,85 +43,6 @@ select distinct split_part(option, '=', 1) as option from pg_attribute, unnest(a
 where split_part(option, '=', 1) not in ('n_distinct', 'n_distinct_inherited')
 """
 EXTENSIONS_USED = "select extname from pg_extension"
-QUIET = "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'autovacuum worker'"
-
-# What is in a database, in rows of kind, name and value. Definitions are compared by their features: majors print the same
-# definition differently.
-CONTENTS = """
-with own as (select oid, nspname from pg_namespace where nspname !~ '^pg_' and nspname <> 'information_schema'),
-rel as (select c.*, quote_ident(nspname) || '.' || quote_ident(relname) as full_name
-  from pg_class c join own on own.oid = relnamespace)
-select 'table' as kind, full_name as name, relkind::text as value from rel where relkind in ('r', 'p', 'm', 'v', 'f')
-union all
-select 'column', full_name || '.' || attname, format_type(atttypid, atttypmod) || ' ' || attnotnull
-  from rel join pg_attribute on attrelid = rel.oid and attnum > 0 and not attisdropped where relkind in ('r', 'p')
-union all
-select 'index', full_name, concat_ws(' ', indisvalid, indisready, indisunique, indisprimary, indnatts)
-  from rel join pg_index on indexrelid = rel.oid
-union all
-select 'constraint', full_name || ' ' || conname, contype::text || ' ' || convalidated
-  from rel join pg_constraint on conrelid = rel.oid where contype <> 'n'
-union all
-select 'trigger', full_name || ' ' || tgname, tgenabled::text
-  from rel join pg_trigger on tgrelid = rel.oid where not tgisinternal
-union all
-select 'function', quote_ident(nspname) || '.' || proname, count(*)::text
-  from pg_proc join own on own.oid = pronamespace group by 2
-union all
-select 'extension', extname, '' from pg_extension
-union all
-select 'sequence', quote_ident(schemaname) || '.' || quote_ident(sequencename), coalesce(last_value::text, 'unused')
-  from pg_sequences
-"""
-# The main forks alone: the others are made again.
-SIZES = """
-union all
-select 'size', full_name, (pg_relation_size(rel.oid) + case when reltoastrelid = 0 then 0 else pg_relation_size(reltoastrelid)
-  end)::text from rel where relkind in ('r', 'm', 'i', 'S')
-"""
-TABLES = """
-select quote_ident(schemaname) || '.' || quote_ident(tablename) as name from pg_tables
-where schemaname not in ('pg_catalog', 'information_schema')
-"""
-OUTDATED_EXTENSIONS = """
-select quote_ident(name) as name, default_version as version from pg_available_extensions
-where installed_version <> default_version
-"""
-# pg_collation_actual_version(oid) tells of collations, pg_database_collation_actual_version(oid) of the database's own.
-OUTDATED_COLLATIONS = """
-select 'database' as kind, quote_ident(datname) as name from pg_database
-  where datname = current_database() and datcollversion <> pg_database_collation_actual_version(oid)
-union all
-select 'collation', collnamespace::regnamespace || '.' || quote_ident(collname) from pg_collation
-  where collversion <> pg_collation_actual_version(oid)
-"""
-
-
-def methods():
-    """
-    Return the methods by which data get into another major version: a dict of dicts with ``space``, how much of the data's
-    size they need again.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.methods
-    """
-    return METHODS
-
-
-def margin():
-    """
-    Return how many bytes a new cluster needs beside the data.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.margin
-    """
-    return SPACE
 
 
 def clusters():
@@ -158,21 +58,39 @@ def clusters():
 
         salt-call synapse_cluster.clusters
     """
-    if not CONFIG.is_dir():
-        return {}
-    return {
-        f"{found['version']}/{found['cluster']}": {
-            "version": int(found["version"]),
-            "port": int(found["port"]),
-            "running": bool(found["running"]),
-            "start": found["start"],
-            "data": found["pgdata"],
-            "config": found["configdir"],
-            "sockets": found["socketdir"],
-            "log": found["logfile"],
-        }
-        for found in json.loads(_run("pg_lsclusters", "--json") or "[]")
+    return {name: {**cluster, "running": _runs(cluster["data"])} for name, cluster in _configured().items()}
+
+
+def _configured():
+    """What the clusters' files say. pg_lsclusters takes as long as some phases of an upgrade, so it is asked when one changed."""
+    files = sorted(path for path in CONFIG.glob("*/*/**/*") if path.is_file())
+    stamp = [(str(path), path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
+    known = __context__.get("synapse_cluster.configured")
+    if not known or known[0] != stamp:
+        listed = json.loads(_run("pg_lsclusters", "--json") or "[]") if files else []
+        known = __context__["synapse_cluster.configured"] = (stamp, dict(map(_described, listed)))
+    return known[1]
+
+
+def _described(found):
+    return f"{found['version']}/{found['cluster']}", {
+        "version": int(found["version"]),
+        "port": int(found["port"]),
+        "start": found["start"],
+        "data": found["pgdata"],
+        "config": found["configdir"],
+        "sockets": found["socketdir"],
+        "log": found["logfile"],
     }
+
+
+def _runs(data):
+    """Whether a server has these data: it is alive, and no other program got its process id after a crash."""
+    try:
+        pid = pathlib.Path(data, "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0]
+        return pathlib.Path(f"/proc/{int(pid)}/comm").read_text(encoding="utf-8").strip() == "postgres"
+    except (OSError, ValueError):
+        return False
 
 
 def _cluster(name):
@@ -202,6 +120,44 @@ def query(name, sql, database="postgres"):
         salt-call synapse_cluster.query 15/main "select version()"
     """
     return _query(_cluster(name), sql, database)
+
+
+def databases(name):
+    """
+    Return the names of the databases of a cluster that runs.
+
+    name
+        The cluster.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_cluster.databases 15/main
+    """
+    return [row["datname"] for row in query(name, DATABASES)]
+
+
+def client(name, program, *arguments):
+    """
+    Run one of PostgreSQL's client programs, of the cluster's own version, as its superuser. Return what it printed.
+
+    name
+        The cluster, which must run.
+
+    program
+        The program's name.
+
+    arguments
+        Its arguments.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_cluster.client 15/main vacuumdb --all
+    """
+    return _run(*_client(_cluster(name), program), *arguments)
 
 
 def _query(cluster, sql, database="postgres"):
@@ -236,15 +192,15 @@ def about(name):
     """
     cluster = _cluster(name)
     (found,) = _query(cluster, ABOUT)
-    databases = [row["datname"] for row in _query(cluster, DATABASES)]
-    extensions = {row["extname"] for database in databases for row in _query(cluster, EXTENSIONS_USED, database)}
-    options = {row["option"] for database in databases for row in _query(cluster, COLUMN_OPTIONS, database)}
+    names = databases(name)
+    extensions = {row["extname"] for database in names for row in _query(cluster, EXTENSIONS_USED, database)}
+    options = {row["option"] for database in names for row in _query(cluster, COLUMN_OPTIONS, database)}
     links = pathlib.Path(cluster["data"], "pg_tblspc").iterdir()
     tablespaces = {path: size(path) for path in map(os.path.realpath, links)}
     return {
         **cluster,
         **found,
-        "databases": databases,
+        "databases": names,
         "extensions": sorted(extensions),
         "column_options": sorted(options),
         "slots": [f"{row['slot_name']} ({row['slot_type']})" for row in _query(cluster, SLOTS)],
@@ -296,34 +252,6 @@ def place(old, version):
     return data if data != old["data"] else f"/var/lib/postgresql/{version}/main"
 
 
-def can_clone(source, target):
-    """
-    Return whether files of one directory can be cloned into another, sharing their blocks (reflinks).
-
-    source
-        A directory.
-
-    target
-        Another, which need not be there yet.
-
-    Source: ioctl_ficlone(2)
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.can_clone /var/lib/postgresql/15 /var/lib/postgresql/18
-    """
-    with tempfile.TemporaryFile(dir=source) as one, tempfile.TemporaryFile(dir=existing(target)) as other:
-        one.write(b"\0" * 4096)
-        one.flush()
-        try:
-            fcntl.ioctl(other.fileno(), CLONE, one.fileno())
-        except OSError:
-            return False
-    return True
-
-
 def existing(path):
     """
     Return the deepest directory of a path that is there.
@@ -370,46 +298,6 @@ def install(version):
             f"The package postgresql-{version} is not to be had: do the package sources of this machine offer it?"
         )
     return done
-
-
-def missing_extensions(version, extensions):
-    """
-    Return the extensions that a major version has not, as it is installed here.
-
-    version
-        The major version.
-
-    extensions
-        A list of names.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.missing_extensions 18 '[plpgsql]'
-    """
-    directory = pathlib.Path(EXTENSIONS.format(version))
-    return [name for name in extensions if not (directory / f"{name}.control").exists()]
-
-
-def strange_options(version, options):
-    """
-    Return the options of columns that a major version does not know, as it is installed here, and would refuse.
-
-    version
-        The major version.
-
-    options
-        A list of names.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.strange_options 18 '[pg_attver]'
-    """
-    server = pathlib.Path(f"{PROGRAMS.format(version)}/postgres").read_bytes() if options else b""
-    return [option for option in options if f"\0{option}\0".encode() not in server]
 
 
 def create(name, old, port):
@@ -663,7 +551,7 @@ def place_at(name, port, start_conf):
     # What starts at boot is known to systemd also by this; the formula's own state asks for it.
     unit = f"postgresql@{version}-{short}.service"
     if (start_conf == "auto") != os.path.lexists(f"/etc/systemd/system/multi-user.target.wants/{unit}"):
-        _run("systemctl", "--quiet", "enable" if start_conf == "auto" else "disable", unit)
+        _run("systemctl", "--quiet", "--no-reload", "enable" if start_conf == "auto" else "disable", unit)
 
 
 def free_ports(count):
@@ -681,260 +569,6 @@ def free_ports(count):
     """
     taken = {cluster["port"] for cluster in clusters().values()}
     return [port for port in range(5433, 5433 + len(taken) + count) if port not in taken][:count]
-
-
-def contents(name, method):
-    """
-    Return what is in a cluster that runs, to be compared with another that its data were moved to: a dict of dicts by
-    database, whose keys are a kind and a name: tables, columns, indexes, constraints, triggers, functions, extensions,
-    sequences; after a dump the number of rows of every table, else the sizes of their files.
-
-    name
-        The cluster. Nobody should write to it meanwhile.
-
-    method
-        How the data are moved.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.contents 15/main copy
-    """
-    cluster = _cluster(name)
-    # One of these might cut off the end of a file between now and the stop.
-    _query(cluster, QUIET)
-    found = {}
-    for database in (row["datname"] for row in _query(cluster, DATABASES)):
-        found[database] = contents_of(functools.partial(_query, cluster, database=database), rows=method == "dump")
-    return found
-
-
-def contents_of(ask, rows):
-    """
-    Return what is in one database, as :func:`contents` does.
-
-    ask
-        A function that returns the rows of a query in it, a dict for each.
-
-    rows
-        Whether rows are counted; otherwise files are measured.
-    """
-    found = {f"{row['kind']} {row['name']}": row["value"] for row in ask(CONTENTS + ("" if rows else SIZES))}
-    return found | _counts(ask) if rows else found
-
-
-def _counts(ask):
-    tables = [row["name"] for row in ask(TABLES)]
-    if not tables:
-        return {}
-    quoted = [(table.replace("'", "''"), table) for table in tables]
-    counts = " union all ".join(f"select '{text}' as name, count(*) as count from {table}" for text, table in quoted)
-    return {f"rows {row['name']}": row["count"] for row in ask(counts)}
-
-
-def differences(before, after):
-    """
-    Return what differs between two :func:`contents`, a sentence each.
-
-    before
-        What was.
-
-    after
-        What is.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.differences '{}' '{}'
-    """
-    found = []
-    for database in sorted(before.keys() | after.keys()):
-        old, new = before.get(database, {}), after.get(database, {})
-        found += [
-            f"{database}: {item}: {old.get(item, 'nothing')} before, {new.get(item, 'nothing')} after"
-            for item in sorted(old.keys() | new.keys())
-            if old.get(item) != new.get(item)
-        ]
-    return found
-
-
-def check(old, new, method, jobs):
-    """
-    Have ``pg_upgrade --check`` look at both clusters, while the old one runs.
-
-    old, new
-        The clusters.
-
-    method
-        ``clone``, ``link``, ``copy`` or ``dump``; of the last pg_upgrade knows nothing.
-
-    jobs
-        How many processes work on it.
-
-    Raises CommandExecutionError with what it found.
-
-    Source: pg_upgrade(1)
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.check 15/main 18/main copy 2
-    """
-    if method != "dump":
-        _pg_upgrade(_cluster(old), _cluster(new), method, jobs, None, "--check")
-
-
-def move(old, new, method, jobs, progress):
-    """
-    Move all data of one cluster into another, which is new and down. ``dump`` leaves both running, the others both down.
-
-    old, new
-        The clusters.
-
-    method
-        ``clone``, ``link``, ``copy`` or ``dump``.
-
-    jobs
-        How many processes work on it.
-
-    progress
-        A function that is called each second, with the bytes that the new cluster has.
-
-    Raises CommandExecutionError if any part of it failed.
-    """
-    if method == "dump":
-        start(new)
-        _dump(_cluster(old), _cluster(new), progress)
-    else:
-        stop(old)
-        _pg_upgrade(_cluster(old), _cluster(new), method, jobs, progress)
-
-
-def _pg_upgrade(old, new, method, jobs, progress, *more):
-    option = METHODS[method]["option"]
-    run = f"/run/{TOOL}upgrade"
-    words = [
-        f"{PROGRAMS.format(new['version'])}/pg_upgrade",
-        f"--old-bindir={PROGRAMS.format(old['version'])}",
-        f"--new-bindir={PROGRAMS.format(new['version'])}",
-        f"--old-datadir={old['data']}",
-        f"--new-datadir={new['data']}",
-        f"--old-options=-c config_file={old['config']}/postgresql.conf",
-        f"--new-options=-c config_file={new['config']}/postgresql.conf",
-        f"--old-port={old['port']}",
-        f"--new-port={new['port']}",
-        f"--socketdir={run}",
-        f"--jobs={jobs}",
-        "--username=postgres",
-        *([option] if option else []),
-        *more,
-    ]
-    with tempfile.TemporaryFile() as output:
-        tool = _start_tool("upgrade", words, stdout=output, stderr=output)
-        _follow([tool], new["data"], progress)
-        output.seek(0)
-        said = output.read().decode(errors="replace")
-    if tool.returncode != 0:
-        logs = [path for path in re.findall(r"/\S+\.(?:log|txt)\b", said) if os.path.exists(path)]
-        ends = "\n".join(f"{path}:\n{_end_of(path)}" for path in dict.fromkeys(logs))
-        end = "\n".join(line for line in said.splitlines()[-12:] if line.strip())
-        raise CommandExecutionError(
-            f"pg_upgrade failed with the exit status {tool.returncode}:\n{end}\n{ends}".rstrip()
-        )
-
-
-def _dump(old, new, progress):
-    """`pg_dumpall | psql`, where each may fail."""
-    programs = PROGRAMS.format(new["version"])
-    # libpq's own way to be sure that no server of another place is meant.
-    dump_words = [f"{programs}/pg_dumpall", f"--host={old['sockets']}", f"--port={old['port']}", "--no-password"]
-    load_words = [f"{programs}/psql", f"--host={new['sockets']}", f"--port={new['port']}", "--no-password"]
-    load_words += ["--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--output=/dev/null", "--dbname=postgres"]
-    with tempfile.TemporaryFile() as dump_errors, tempfile.TemporaryFile() as load_errors:
-        dump = _start_tool("dump", dump_words, stdout=subprocess.PIPE, stderr=dump_errors)
-        load = _start_tool("load", load_words, stdin=subprocess.PIPE, stdout=load_errors, stderr=load_errors)
-        _pump(dump.stdout, load.stdin, new["data"], progress)
-        _follow([dump, load], new["data"], progress)
-        failed = []
-        for name, tool, errors in (("pg_dumpall", dump, dump_errors), ("psql", load, load_errors)):
-            if tool.returncode != 0:
-                errors.seek(0)
-                said = "\n".join(errors.read().decode(errors="replace").splitlines()[-10:])
-                failed.append(f"{name} failed with the exit status {tool.returncode}: {said}")
-    if failed:
-        raise CommandExecutionError("\n".join(failed))
-
-
-def _pump(source, target, data, progress):
-    """Pass a dump on, but for the superuser, whom every cluster has, and at whom psql would stop."""
-    reported = time.monotonic()
-    try:
-        for line in source:
-            if line.strip() == b"CREATE ROLE postgres;":
-                break
-            target.write(line)
-        while block := source.read1(1 << 20):
-            target.write(block)
-            if time.monotonic() - reported >= 1:
-                reported = time.monotonic()
-                progress(size(data))
-        target.close()
-    except BrokenPipeError:
-        # Whoever read has ended, and says why.
-        with contextlib.suppress(BrokenPipeError):
-            target.close()
-    source.close()
-
-
-def _start_tool(name, words, **pipes):
-    """Start a program as PostgreSQL's account, in a unit of its own."""
-    unit = f"{TOOL}{name}"
-    return subprocess.Popen(
-        [
-            *("systemd-run", f"--unit={unit}", "--pipe", "--wait", "--collect", "--quiet"),
-            *("--uid=postgres", f"--property=RuntimeDirectory={unit}", f"--property=WorkingDirectory=/run/{unit}"),
-            *("--setenv=LC_ALL=C.UTF-8", "--", *words),
-        ],
-        **{"stdin": subprocess.DEVNULL, **pipes},
-        env={**os.environ, "LC_ALL": "C.UTF-8"},
-    )
-
-
-def _follow(tools, data, progress):
-    """Wait until the tools have ended."""
-    while True:
-        for tool in tools:
-            try:
-                tool.wait(timeout=1)
-            except subprocess.TimeoutExpired:
-                break
-        else:
-            return
-        if progress:
-            progress(size(data))
-
-
-def end_tools():
-    """
-    End what :func:`move` and :func:`check` started, with all its children, if whoever started it is gone. Return whether
-    there was any.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.end_tools
-    """
-    listed = _run("systemctl", "list-units", "--all", "--plain", "--no-legend", f"{TOOL}*.service").split()
-    units = [word for word in listed if word.startswith(TOOL) and word.endswith(".service")]
-    if units:
-        _run_all("systemctl", "kill", "--signal=SIGKILL", *units)
-        _run_all("systemctl", "stop", *units)
-        _run_all("systemctl", "reset-failed", *units)
-    return bool(units)
 
 
 def make_usable(name):
@@ -956,54 +590,6 @@ def make_usable(name):
     put_aside = control.with_name("pg_control.old")
     if put_aside.exists() and not control.exists():
         put_aside.rename(control)
-
-
-def care(name, method):
-    """
-    Do what a cluster needs after its data were moved: statistics in stages, updates of extensions, new indexes where the
-    versions of collations changed. It serves meanwhile.
-
-    name
-        The cluster.
-
-    method
-        How its data were moved.
-
-    Returns a list of what was done beside the statistics.
-
-    Raises CommandExecutionError if a part of it failed.
-
-    Source: pg_upgrade(1), "Post-upgrade processing"
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call synapse_cluster.care 18/main copy
-    """
-    cluster, done = _cluster(name), []
-    for database in (row["datname"] for row in _query(cluster, DATABASES)):
-        for row in _query(cluster, OUTDATED_EXTENSIONS, database):
-            _query(cluster, f"alter extension {row['name']} update", database)
-            done.append(f"{database}: the extension {row['name']} is updated to {row['version']}")
-        outdated = _query(cluster, OUTDATED_COLLATIONS, database) if cluster["version"] >= 15 else []
-        if outdated:
-            _run(*_client(cluster, "reindexdb"), "--concurrently", f"--dbname={database}")
-        for row in outdated:
-            _query(
-                cluster, f"alter {row['kind']} {row['name']} refresh {_about_collation(row['kind'])}version", database
-            )
-            done.append(
-                f"{database}: its indexes are made anew, as the {row['kind']} {row['name']} has another version"
-            )
-    # From 18 on pg_upgrade brings the statistics along, but for a few.
-    missing = ["--missing-stats-only"] if method != "dump" and cluster["version"] >= 18 else []
-    _run(*_client(cluster, "vacuumdb"), "--all", "--analyze-in-stages", *missing)
-    return done
-
-
-def _about_collation(kind):
-    return "collation " if kind == "database" else ""
 
 
 def _run(*words, stdin=None):

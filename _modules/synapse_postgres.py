@@ -332,7 +332,7 @@ def remember():
         raise CommandExecutionError(
             f"Synapse must be stopped first, by salt-call synapse_process.stop: there is {'; '.join(left)}"
         )
-    found = __salt__["synapse_cluster.contents_of"](_rows_of_database, rows=True)
+    found = __salt__["synapse_migration.contents_of"](_rows_of_database, rows=True)
     _remembered().write_text(json.dumps(found, indent=1), encoding="utf-8")
     return _summary(found)
 
@@ -356,9 +356,9 @@ def verify():
         before = json.loads(_remembered().read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise CommandExecutionError("Nothing was noted before: salt-call synapse_postgres.remember") from err
-    found = __salt__["synapse_cluster.contents_of"](_rows_of_database, rows=True)
+    found = __salt__["synapse_migration.contents_of"](_rows_of_database, rows=True)
     database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
-    faults = __salt__["synapse_cluster.differences"]({database: before}, {database: found})
+    faults = __salt__["synapse_migration.differences"]({database: before}, {database: found})
     faults += __salt__["synapse_upgrade.lagging_sequences"](_rows_of_database)
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""

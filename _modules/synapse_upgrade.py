@@ -22,6 +22,10 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 HOLDER = "synapse_postgres.upgrade"
 EVENT = "synapse/postgres/upgrade"
+# A file system with less is called full.
+FULL = 16 << 20
+# Kept beside the journal, so that a disk that the upgrade fills has room for the journal and the lock on the way back.
+RESERVE = 1 << 20
 
 # What Synapse itself checks when it starts, before anybody notices a sequence that lags behind.
 POSITIONS = "select stream_name as name, max(stream_id) as position from stream_positions group by stream_name"
@@ -60,6 +64,10 @@ def _contents_file():
 
 def _lock_file():
     return f"{_data()}/postgres-upgrade.lock"
+
+
+def _reserve_file():
+    return f"{_data()}/postgres-upgrade.reserve"
 
 
 def _data():
@@ -184,7 +192,7 @@ def run(version, method=None, jobs=None, kill=False, grace=None):
 
         salt-call synapse_upgrade.run 18
     """
-    known = __salt__["synapse_cluster.methods"]()
+    known = __salt__["synapse_migration.methods"]()
     for argument, value, is_right, right in (
         ("version", version, isinstance(version, int), "a major version, such as 18"),
         ("method", method, method is None or method in known, f"one of {', '.join(known)}"),
@@ -253,6 +261,8 @@ def _begin(old, new, method, jobs, kill, grace):
         "error": None,
     }
     _write(journal_file(), entry)
+    with open(_reserve_file(), "wb") as reserve:
+        os.posix_fallocate(reserve.fileno(), 0, RESERVE)
     return entry
 
 
@@ -284,9 +294,14 @@ def _leave(entry):
 
 
 def _end(entry, outcome):
+    _use_reserve()
     _leave(entry)
     entry.update(outcome=outcome, progress=None)
     _write(journal_file(), entry)
+
+
+def _use_reserve():
+    pathlib.Path(_reserve_file()).unlink(missing_ok=True)
 
 
 def _phase(entry):
@@ -312,7 +327,9 @@ def _progress(entry):
 
     def tell(done):
         entry["progress"] = {"done": done, "total": entry["about"]["size"]}
-        _write(journal_file(), entry)
+        # On a full disk it is the tool that has to fail.
+        with contextlib.suppress(OSError):
+            _write(journal_file(), entry)
         _tell(f"{_phase(entry)}: {_of(entry['progress'])}")
 
     return tell
@@ -328,8 +345,12 @@ def _of(progress):
 
 def _fail(entry, err):
     """Undo what a phase did that failed; return a text that says all that an operator has to know."""
+    _use_reserve()
     phase = _phase(entry)
     said = f"The upgrade failed in the phase {phase}: {err or type(err).__name__}"
+    # A tool that can't write its log does not say so.
+    if entry["made"] and shutil.disk_usage(__salt__["synapse_cluster.existing"](entry["data"])).free < FULL:
+        said += f"\nThe file system of {entry['data']} is full."
     entry["error"] = said
     _write(journal_file(), entry)
     if phase in SERVED:
@@ -350,9 +371,10 @@ def _fail(entry, err):
 
 def _go_back(entry):
     """From any phase before users are served by the new cluster, to the old one and a healthy Synapse."""
+    _use_reserve()
     reached = entry.setdefault("back_from", _phase(entry))
     _enter(entry, "back")
-    __salt__["synapse_cluster.end_tools"]()
+    __salt__["synapse_migration.end_tools"]()
     undone = []
     touched = reached not in ("preflight", "stop")
     if touched:
@@ -382,7 +404,7 @@ def _put_right():
     if entry.get("returning"):
         _return(entry)
     elif phase in SERVED or (entry["final"] and phase != "back"):
-        __salt__["synapse_cluster.end_tools"]()
+        __salt__["synapse_migration.end_tools"]()
         _go_through(entry, phase)
     elif phase in ("start", "check") and _is_open():
         # Somebody has let users in by hand: what they wrote since is in the new cluster alone.
@@ -427,7 +449,8 @@ def go_back(confirm=False, kill=False, grace=None):
         lost = f"All that was written since {entry['served_since']} stays behind in {entry['new']}"
         if not confirm:
             return {"would_serve": entry["old"], "lost": f"{lost}. To do it: confirm=True", "changed": False}
-        entry.update(outcome=None, returning=True, kill=kill, grace=grace)
+        # Those that were removed from the new cluster are still in the old one.
+        entry.update(outcome=None, returning=True, kill=kill, grace=grace, probes=entry["met_on_old"])
         _return(entry)
         return {"serves": entry["old"], "lost": f"{lost}, which is stopped and kept", "changed": True}
 
@@ -555,7 +578,7 @@ def _preflight(entry):
     if os.path.isdir(data) and os.listdir(data):
         raise CommandExecutionError(f"The directory {data}, which {new} needs, is not empty")
     if entry["method"] is None:
-        clones = __salt__["synapse_cluster.can_clone"](about["data"], data)
+        clones = __salt__["synapse_migration.can_clone"](about["data"], data)
         entry["method"] = "clone" if clones else "copy"
     faults = _faults_of_cluster(about, version, data, entry["method"])
     if faults:
@@ -566,8 +589,9 @@ def _preflight(entry):
     _write(journal_file(), entry)
     entry["left_behind"] = __salt__["synapse_cluster.create"](new, about, spare)
     _tell("preflight: pg_upgrade --check")
-    __salt__["synapse_cluster.check"](old, new, entry["method"], entry["jobs"])
+    __salt__["synapse_migration.check"](old, new, entry["method"], entry["jobs"])
     _meet(entry)
+    entry["met_on_old"] = list(entry["probes"])
 
 
 def _meet(entry):
@@ -586,7 +610,7 @@ def _faults_of_synapse():
     image = __salt__["synapse_image.wanted"](settings["image"])
     if not image["id"]:
         faults.append(f"The image {image['reference']} is not there: salt-call state.apply synapse brings it")
-    counted = __salt__["synapse_process.census"]()
+    counted = __salt__["synapse_process.census"](memory=False)
     planned = [process for process in counted["processes"] if process["type"]]
     sick = [process["name"] for process in planned if not process["healthy"]]
     if sick and not held:
@@ -607,11 +631,11 @@ def _faults_of_cluster(about, version, data, method):
         faults.append(f"The database {synapse} is not UTF8 with C collation, as Synapse wants it: {rows[0]}")
     if about["slots"]:
         faults.append(f"These replication slots would be lost, drop them first: {', '.join(about['slots'])}")
-    missing = __salt__["synapse_cluster.missing_extensions"](version, about["extensions"])
+    missing = __salt__["synapse_migration.missing_extensions"](version, about["extensions"])
     if missing:
         listed = ", ".join(missing)
         faults.append(f"PostgreSQL {version} has not these extensions, install their packages first: {listed}")
-    strange = __salt__["synapse_cluster.strange_options"](version, about["column_options"])
+    strange = __salt__["synapse_migration.strange_options"](version, about["column_options"])
     if strange:
         faults.append(
             f"This release of PostgreSQL {version} does not know what the old one keeps with columns ({', '.join(strange)}):"
@@ -619,7 +643,7 @@ def _faults_of_cluster(about, version, data, method):
         )
     if method == "link" and not _same_file_system(about["data"], data):
         faults.append(f"method link needs {about['data']} and {data} on one file system")
-    if method == "clone" and not __salt__["synapse_cluster.can_clone"](about["data"], data):
+    if method == "clone" and not __salt__["synapse_migration.can_clone"](about["data"], data):
         faults.append(f"method clone: there are no reflinks from {about['data']} to {data}; copy does without")
     return [*faults, *_faults_of_space(about, data, method)]
 
@@ -631,7 +655,7 @@ def _same_file_system(one, other):
 def _faults_of_space(about, data, method):
     """Each file system has what the method needs on it. A dump goes where the cluster is, tablespaces or not."""
     sizes = {data: about["size"] - sum(about["tablespaces"].values()), **about["tablespaces"]}
-    share, margin = __salt__["synapse_cluster.methods"]()[method]["space"], __salt__["synapse_cluster.margin"]()
+    share, margin = __salt__["synapse_migration.methods"]()[method]["space"], __salt__["synapse_migration.margin"]()
     needs = {}
     for path, size in sizes.items():
         directory = __salt__["synapse_cluster.existing"](path)
@@ -651,13 +675,13 @@ def _stop(entry):
 
 
 def _upgrade(entry):
-    _write(_contents_file(), __salt__["synapse_cluster.contents"](entry["old"], entry["method"]))
+    _write(_contents_file(), __salt__["synapse_migration.contents"](entry["old"], entry["method"]))
     if entry["method"] == "dump":
         # Where nobody finds it who would go on writing to it.
         __salt__["synapse_cluster.stop"](entry["old"])
         __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
         __salt__["synapse_cluster.start"](entry["old"])
-    __salt__["synapse_cluster.move"](entry["old"], entry["new"], entry["method"], entry["jobs"], _progress(entry))
+    __salt__["synapse_migration.move"](entry["old"], entry["new"], entry["method"], entry["jobs"], _progress(entry))
     for cluster in ("old", "new"):
         __salt__["synapse_cluster.stop"](entry[cluster])
 
@@ -671,8 +695,8 @@ def _verify(entry):
     __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
     __salt__["synapse_cluster.place_at"](entry["new"], entry["about"]["port"], "manual")
     __salt__["synapse_cluster.start"](entry["new"])
-    faults = __salt__["synapse_cluster.differences"](
-        _read(_contents_file()), __salt__["synapse_cluster.contents"](entry["new"], entry["method"])
+    faults = __salt__["synapse_migration.differences"](
+        _read(_contents_file()), __salt__["synapse_migration.contents"](entry["new"], entry["method"])
     )
     database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
     query = functools.partial(__salt__["synapse_cluster.query"], entry["new"], database=database)
@@ -734,7 +758,7 @@ def _open(entry):
 
 
 def _care(entry):
-    entry["care"] = __salt__["synapse_cluster.care"](entry["new"], entry["method"])
+    entry["care"] = __salt__["synapse_migration.care"](entry["new"], entry["method"])
     _remove_probes(entry)
 
 
@@ -743,6 +767,7 @@ def _remove_probes(entry):
         _meet(entry)
     __salt__["synapse_probe.end"](entry["probes"])
     entry["probes"] = []
+    _write(journal_file(), entry)
 
 
 PHASES = {

@@ -159,8 +159,8 @@ def test_status_tells_how_far_it_is(minion, upgrade):
 def test_what_differs_is_named(minion):
     before = {"synapse": {"rows public.events": "3", "table public.users": "r"}, "other": {"table public.x": "r"}}
     after = {"synapse": {"rows public.events": "2", "table public.users": "r"}}
-    assert minion.synapse_cluster.differences(before, before) == []
-    assert minion.synapse_cluster.differences(before, after) == [
+    assert minion.synapse_migration.differences(before, before) == []
+    assert minion.synapse_migration.differences(before, after) == [
         "other: table public.x: r before, nothing after",
         "synapse: rows public.events: 3 before, 2 after",
     ]
