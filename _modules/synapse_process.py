@@ -346,11 +346,11 @@ def apply(todo):
             _systemctl(verb, *_services(todo[verb]))
     restart = todo["restart"]
     if MAIN in restart:
-        # It takes along the workers that run, but not those that are about to go, and starts the others.
+        # It takes along the workers that run, and starts all that are enabled: not those that are about to go.
         restart = [MAIN]
         leaving = [name for name in present() if name not in wanted]
         if leaving:
-            _systemctl("stop", *_services(leaving))
+            _systemctl_result("disable", "--now", *_services(leaving))
     start = [name for name in wanted if name in todo["start"] or (MAIN in restart and name != MAIN)]
     failed = []
     for verb, names in (("restart", restart), ("start", start)):
