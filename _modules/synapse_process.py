@@ -348,9 +348,9 @@ def apply(todo):
     if MAIN in restart:
         # It takes along the workers that run, and starts all that are enabled: not those that are about to go.
         restart = [MAIN]
-        leaving = [name for name in present() if name not in wanted]
+        leaving = [name for name in present() if name not in wanted and _text(name)]
         if leaving:
-            _systemctl_result("disable", "--now", *_services(leaving))
+            _systemctl("disable", "--now", *_services(leaving))
     start = [name for name in wanted if name in todo["start"] or (MAIN in restart and name != MAIN)]
     failed = []
     for verb, names in (("restart", restart), ("start", start)):
