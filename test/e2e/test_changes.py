@@ -195,7 +195,10 @@ def test_a_configuration_that_reads_the_operators_files_is_accepted(deployed):
     }
     # A directory that no process is shown is none.
     assert "/srv/templates" in deployed.refused()
-    deployed.pillar["process"]["arguments"] = ["--volume=/srv/templates:/srv/templates:ro"]
+    volume = "--volume=/srv/templates:/srv/templates:ro"
+    deployed.pillar["process"]["arguments"] = [volume]
+    # Arguments of its own take their place.
+    worker(deployed, "media-repository")["arguments"].append(volume)
     applied_exactly(deployed)
     assert deployed.all_healthy()
     assert request(f"{deployed.url}/_matrix/consent")[0].strip() == b"the terms"
