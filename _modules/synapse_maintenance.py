@@ -74,11 +74,29 @@ def fault():
         salt-call synapse_maintenance.fault
     """
     held = holder()
-    return held and (
+    return held and _sentence(held)
+
+
+def _sentence(held):
+    end = f"To end it: salt-call synapse_process.start holder='{held['holder']}'"
+    return (
         f"Synapse is under maintenance: {held['holder']} holds the lock {lock_file()} since {held['since']}"
-        f" ({held['reason']}). Until then nothing starts and nothing changes; to end it:"
-        f" salt-call synapse_process.start holder='{held['holder']}'"
+        f" ({held['reason']}). Until it ends nothing starts and nothing changes. {unfinished() or end}"
     )
+
+
+def unfinished():
+    """
+    Return a sentence that says which work on the database is not finished, and how to put it right; None if all is. To start
+    Synapse in the middle of it would let users write what its way back destroys.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_maintenance.unfinished
+    """
+    return __salt__["synapse_upgrade.fault"]() or __salt__["synapse_backup.fault"]()
 
 
 def lock(name, reason):

@@ -769,7 +769,7 @@ def _start_again(holder, before):
     __salt__["synapse_maintenance.open"]()
 
 
-def start(holder="synapse_process.stop", opened=True):
+def start(holder="synapse_process.stop", opened=True, force=False):
     """
     Undo :func:`stop`: the lock goes, every process of the plan starts, the main process first, and once all are healthy,
     nginx passes requests on again.
@@ -780,9 +780,12 @@ def start(holder="synapse_process.stop", opened=True):
     opened
         Whether nginx passes requests on in the end.
 
+    force
+        Whether to start in the middle of an upgrade of PostgreSQL or a restore, as these themselves do.
+
     Returns the names of the processes, all healthy.
 
-    Raises CommandExecutionError if somebody else holds the lock; or if a process does not become healthy, with the end of
+    Raises CommandExecutionError if somebody else holds the lock, or if an upgrade or a restore is not finished; or if a process does not become healthy, with the end of
     its journal: nginx answers 503 still, and the next call goes on.
 
     CLI Example:
@@ -791,6 +794,9 @@ def start(holder="synapse_process.stop", opened=True):
 
         salt-call synapse_process.start
     """
+    unfinished = not force and __salt__["synapse_maintenance.unfinished"]()
+    if unfinished:
+        raise CommandExecutionError(unfinished)
     wanted = list(units())
     __salt__["synapse_maintenance.unlock"](holder)
     if _systemctl_result("start", *_services(wanted))["retcode"] != 0:

@@ -99,6 +99,9 @@ def started(name):
             return ret
         if held and held["holder"] != name:
             raise CommandExecutionError(__salt__["synapse_maintenance.fault"]())
+        unfinished = __salt__["synapse_maintenance.unfinished"]()
+        if unfinished:
+            raise CommandExecutionError(unfinished)
         ret["changes"] = {"lock": {"old": held and held["holder"], "new": None}}
         if __opts__["test"]:
             ret.update(result=None, comment="Synapse would be started")

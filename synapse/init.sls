@@ -18,6 +18,10 @@ Synapse is not under maintenance:
 PostgreSQL is the one that the pillar asks for:
   test.fail_without_changes:
     - comment: {{ salt["synapse_postgres.fault"]() | json }}
+{%- elif salt["synapse_backup.fault"]() %}
+No restore is unfinished:
+  test.fail_without_changes:
+    - comment: {{ salt["synapse_backup.fault"]() | json }}
 {%- else %}
 include:
   - synapse.docker

@@ -126,6 +126,47 @@ def test_only_one_runs_at_a_time(backup, made):
     assert not made.exists()
 
 
+@pytest.fixture
+def cut_off(minion, backup, tmp_path):
+    """A restore that was cut off in a phase, with nginx closed and no lock, as in the middle of a start."""
+    maintenance = minion.synapse_maintenance
+    maintenance.SWITCH = tmp_path / "switch"
+    maintenance.close()
+
+    def at(phase):
+        minion.write("data/restore.json", json.dumps({"backup": f"/b/{STAMP}", "phase": phase, "old": "x", "new": "y"}))
+        return tmp_path / "data" / "restore.json"
+
+    return at
+
+
+@pytest.mark.parametrize("phase", ["restoring", "stopping", "switching", "starting", "undoing"])
+def test_a_restore_that_was_cut_off_says_how_to_end_it(backup, cut_off, phase):
+    assert backup.fault() is None
+    cut_off(phase)
+    assert backup.fault() == (
+        f"The restore of /b/{STAMP} was cut off while it was {phase}. To finish it: salt-call synapse_backup.restore /b/{STAMP}."
+        " To give it up: salt-call synapse_backup.undo"
+    )
+    with backup._alone():
+        assert f"The restore of /b/{STAMP} is {phase}" in backup.fault()
+
+
+@pytest.mark.parametrize("holder", [None, "root"])
+def test_nothing_undoes_a_restore_once_somebody_let_users_in(minion, backup, cut_off, holder):
+    journal = cut_off("switching")
+    if holder:
+        minion.synapse_maintenance.lock(holder, "new disks")
+    else:
+        minion.synapse_maintenance.open_()
+    assert backup.fault()
+    cut_off("starting")
+    with pytest.raises(CommandExecutionError, match="no restore that was cut off"):
+        backup.undo()
+    assert backup.fault() is None
+    assert not journal.exists()
+
+
 def test_media_is_yes_or_no(backup):
     with pytest.raises(SaltInvocationError, match="media: 'some' is not true or false"):
         backup.create(media="some")

@@ -47,6 +47,28 @@ def test_a_lock_that_was_made_by_hand_is_a_lock(maintenance, text):
     assert maintenance.unlock("somebody")
 
 
+def test_in_the_middle_of_a_restore_the_lock_tells_how_to_end_that_and_nobody_starts_synapse(maintenance, minion):
+    maintenance.lock("synapse_backup.restore", "restore")
+    journal = {"backup": "/backups/20261124T220046Z", "phase": "switching"}
+    minion.write("data/restore.json", json.dumps(journal))
+    assert "start holder" not in maintenance.fault()
+    assert maintenance.fault().endswith("To give it up: salt-call synapse_backup.undo")
+    with pytest.raises(
+        CommandExecutionError, match="was cut off while it was switching. To finish it: .*synapse_backup.rest"
+    ):
+        minion.synapse_process.start("synapse_backup.restore")
+    assert maintenance.holder()
+
+
+def test_in_the_middle_of_an_upgrade_the_lock_tells_how_to_end_that_and_nobody_starts_synapse(maintenance, minion):
+    maintenance.lock("synapse_postgres.upgrade", "PostgreSQL 18")
+    minion.salt["synapse_upgrade.fault"] = lambda: "To put it right: salt-call synapse_postgres.upgrade"
+    assert maintenance.fault().endswith("nothing changes. To put it right: salt-call synapse_postgres.upgrade")
+    with pytest.raises(CommandExecutionError, match="^To put it right"):
+        minion.synapse_process.start("synapse_postgres.upgrade")
+    assert maintenance.holder()
+
+
 def test_where_nothing_is_deployed_there_is_no_lock_to_take(maintenance, tmp_path):
     (tmp_path / "data").rmdir()
     with pytest.raises(CommandExecutionError, match="is Synapse deployed here"):
