@@ -16,9 +16,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -243,7 +245,7 @@ def restore(backup, kill=False, grace=None):
     """
     started = time.monotonic()
     settings = _settings()
-    with _alone():
+    with _alone(), _signalled(_hung_up, signal.SIGHUP):
         path = _path(backup, settings)
         journal = _resumed(path, settings) or _begin(path, settings)
         try:
@@ -389,6 +391,26 @@ def _alone():
             raise CommandExecutionError(f"{type(err).__name__}: {err}") from err
 
 
+@contextlib.contextmanager
+def _signalled(handler, *numbers):
+    """Have signals handled otherwise for a while. Children that are started meanwhile ignore what is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        # A signal meets the main thread alone, which is not at work here.
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
+def _hung_up(number, frame):
+    # As Ctrl-C: nothing takes it for a failure of its own.
+    raise KeyboardInterrupt("The terminal is gone")
+
+
 def _at_work():
     """Whether a run holds the lock of :func:`_alone`."""
     try:
@@ -462,8 +484,9 @@ def _now():
 
 
 def _tell(text):
-    """To the console of whoever runs it."""
-    print(f"[{_now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
+    """To the console of whoever runs it, if that is still there."""
+    with contextlib.suppress(OSError):
+        print(f"[{_now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
 
 
 # Making one
@@ -1032,6 +1055,11 @@ def _undone(journal, settings):
 
 def _undo(journal, settings):
     """Put back the database and files of before, start Synapse if it was stopped; return in words what was done."""
+    with _signalled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        return _put_all_back(journal, settings)
+
+
+def _put_all_back(journal, settings):
     touched = journal.setdefault("undo_from", journal["phase"])
     _enter(journal, "undoing", settings)
     if touched in ("switching", "starting"):

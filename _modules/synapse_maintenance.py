@@ -129,15 +129,30 @@ def lock(name, reason):
         raise CommandExecutionError(f"{os.path.dirname(path)} is not there: is Synapse deployed here?") from err
     try:
         # Whole from the beginning, and only one of two can be first.
-        os.link(draft, path)
-    except FileExistsError as err:
-        held = holder()
-        if held and held["holder"] != name:
-            raise CommandExecutionError(fault()) from err
-        return False
+        while not _link(draft, path):
+            # Else it was given back in between.
+            if held := holder():
+                if held["holder"] != name:
+                    raise CommandExecutionError(_sentence(held))
+                return False
     finally:
         os.unlink(draft)
+    _sync(os.path.dirname(path))
     return True
+
+
+def _link(draft, path):
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync(directory):
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def unlock(name):
@@ -159,7 +174,7 @@ def unlock(name):
     if held is None:
         return False
     if held["holder"] != name:
-        raise CommandExecutionError(fault())
+        raise CommandExecutionError(_sentence(held))
     pathlib.Path(lock_file()).unlink()
     return True
 
@@ -206,6 +221,24 @@ def closed():
         salt-call synapse_maintenance.closed
     """
     return SWITCH.exists()
+
+
+def closed_fault():
+    """
+    Return a sentence if nginx answers 503 though nobody holds the lock, as after a start that was cut off; None otherwise.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_maintenance.closed_fault
+    """
+    if holder() or not closed():
+        return None
+    return (
+        f"nginx answers 503 to every user, since {SWITCH} is there, though nobody holds the lock: a start is at work or was"
+        " cut off, or not every process became healthy. salt-call synapse_process.start opens it"
+    )
 
 
 __func_alias__ = {"open_": "open"}

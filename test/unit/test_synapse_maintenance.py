@@ -75,6 +75,37 @@ def test_where_nothing_is_deployed_there_is_no_lock_to_take(maintenance, tmp_pat
         maintenance.lock("alice", "new disks")
 
 
+def test_a_lock_that_is_given_back_in_between_can_be_taken(maintenance, monkeypatch):
+    maintenance.lock("bob", "an upgrade")
+    holder = maintenance.holder
+
+    def given_back():
+        pathlib.Path(maintenance.lock_file()).unlink(missing_ok=True)
+        return holder()
+
+    monkeypatch.setattr(maintenance, "holder", given_back)
+    assert maintenance.lock("alice", "new disks")
+    assert holder()["holder"] == "alice"
+
+
+def test_a_closed_door_without_a_lock_is_named(maintenance, minion):
+    assert maintenance.closed_fault() is None
+    maintenance.SWITCH.parent.mkdir()
+    maintenance.close()
+    assert "nginx answers 503 to every user" in maintenance.closed_fault()
+    maintenance.lock("alice", "new disks")
+    assert maintenance.closed_fault() is None
+
+
+def test_a_lock_is_taken_in_the_name_of_who_runs_it(maintenance, minion, monkeypatch):
+    monkeypatch.setenv("SUDO_USER", "alice")
+    maintenance.lock("sudo_bob", "new disks")
+    for function in (minion.synapse_process.stop, minion.synapse_process.start):
+        with pytest.raises(CommandExecutionError, match="sudo_bob holds the lock"):
+            function()
+    assert minion.synapse_process._caller() == "sudo_alice"
+
+
 def test_the_switch_is_turned_once(maintenance):
     assert not maintenance.close(), "there is no nginx"
     maintenance.SWITCH.parent.mkdir()
@@ -87,7 +118,7 @@ def test_the_switch_is_turned_once(maintenance):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"grace": "soon"}, {"grace": -1}, {"grace": 0}, {"kill": "maybe"}, {"holder": ""}, {"holder": None}]
+    "arguments", [{"grace": "soon"}, {"grace": -1}, {"grace": 0}, {"kill": "maybe"}, {"holder": ""}, {"holder": 7}]
 )
 def test_a_stop_with_a_wrong_argument_takes_no_lock(minion, maintenance, arguments):
     (name,) = arguments
@@ -109,6 +140,7 @@ def test_what_a_census_found_is_named_whatever_it_is(minion):
             {"pid": 2, "process": "matrix-synapse-worker-1-generic", "client": "a socket"},
             {"pid": 3, "process": "", "client": "192.0.2.1"},
         ],
+        "sessions_fault": None,
     }
     assert minion.synapse_process.left(counted) == [
         "the unit matrix-synapse (active)",
@@ -117,4 +149,9 @@ def test_what_a_census_found_is_named_whatever_it_is(minion):
         "the database session 2 of matrix-synapse-worker-1-generic from a socket",
         "the database session 3 of a nameless program from 192.0.2.1",
     ]
-    assert minion.synapse_process.left({"processes": [], "strays": [], "sessions": []}) == []
+    nothing = {"processes": [], "strays": [], "sessions": [], "sessions_fault": None}
+    assert minion.synapse_process.left(nothing) == []
+    unknown = {**nothing, "sessions_fault": "The database can't be asked: it starts"}
+    assert minion.synapse_process.left(unknown) == [
+        "perhaps database sessions (The database can't be asked: it starts)"
+    ]
