@@ -245,7 +245,7 @@ def restore(backup, kill=False, grace=None):
     """
     started = time.monotonic()
     settings = _settings()
-    with _alone(), _signalled(_hung_up, signal.SIGHUP):
+    with _alone():
         path = _path(backup, settings)
         journal = _resumed(path, settings) or _begin(path, settings)
         try:
@@ -380,7 +380,7 @@ def _settings():
 @contextlib.contextmanager
 def _alone():
     """Only one run at a time. The lock ends with the process that holds it."""
-    with open(RUN_LOCK, "w", encoding="utf-8") as lock:
+    with open(RUN_LOCK, "w", encoding="utf-8") as lock, _signalled(_hung_up, signal.SIGHUP):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:

@@ -362,6 +362,24 @@ def test_a_restore_that_was_killed_can_be_given_up(deployed, talk):
     assert deployed.apply(test=True) == {}
 
 
+def test_a_restore_whose_terminal_goes_goes_back(deployed, talk):
+    host, alice, room = deployed.host, talk["alice"], talk["room"]
+    alice.say(room, "before the terminal went")
+    before = databases(host)
+    process = in_background(host, "synapse_backup.restore", talk["backup"])
+    for at in ("starting", "undoing"):
+        until(lambda at=at: phase(host) == at, f"it is {at}")
+        host.run("kill", "-HUP", process)
+    until(lambda: host.run("kill", "-0", process, check=False).returncode, "it ends", 120)
+    said = host.read("/tmp/background.log")
+    assert "The terminal is gone" in said
+    assert "Undone: the database and the files are those of before, and every process is healthy" in said
+    assert deployed.all_healthy()
+    assert alice.heard(room)[0] == "before the terminal went"
+    assert databases(host) == before
+    assert phase(host) == ""
+
+
 def test_a_session_of_somebody_else_is_ended_only_if_allowed(deployed, talk):
     host, before = deployed.host, databases(deployed.host)
     with session(host, "synapse", "select pg_sleep(600)"):
