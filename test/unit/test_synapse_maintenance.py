@@ -127,6 +127,25 @@ def test_a_stop_with_a_wrong_argument_takes_no_lock(minion, maintenance, argumen
     assert maintenance.holder() is None
 
 
+def test_each_is_asked_to_end_once_whenever_it_shows_up(minion):
+    commands = []
+    minion.salt["cmd.run_all"] = lambda command, **kwargs: commands.append(command)
+
+    def ask(*running, asked=frozenset()):
+        processes = [{"name": name, "container": "running"} for name in running]
+        strays = [{"kind": "container", "id": "stray"}]
+        return minion.synapse_process._ask_to_end({"processes": processes, "strays": strays}, asked)
+
+    asked = ask("one")
+    assert sorted(commands.pop()) == sorted(["docker", "kill", "--signal=TERM", "one", "stray"])
+    asked = ask("one", "late", asked=asked)
+    assert commands.pop() == ["docker", "kill", "--signal=TERM", "late"]
+    asked = ask("one", asked=asked)
+    assert commands == []
+    ask("one", "late", asked=asked)
+    assert commands == [["docker", "kill", "--signal=TERM", "late"]]
+
+
 def test_what_a_census_found_is_named_whatever_it_is(minion):
     counted = {
         "processes": [
