@@ -33,7 +33,9 @@ def follow(tag, seconds):
             if event["tag"] == f"{tag}/end":
                 return True
             # Standard output is the result, which may be read by a program.
-            print(f"{event['data'].get('id')}: {event['data'].get('data', {}).get('text')}", file=sys.stderr, flush=True)
+            print(
+                f"{event['data'].get('id')}: {event['data'].get('data', {}).get('text')}", file=sys.stderr, flush=True
+            )
     return False
 
 
