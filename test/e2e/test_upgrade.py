@@ -121,6 +121,7 @@ class Site(Deployment):
 
     def mend(self):
         """End every fault, and be on the old cluster, and nowhere else."""
+        self.host.run("fuser", "--silent", "--kill", f"{DATA}/postgres-upgrade.lock", check=False)
         mounts = self.host.sh(f"grep --only-matching '{PROGRAMS}/[a-z_]*' /proc/mounts || true").stdout.split()
         for path in mounts:
             self.host.run("umount", path)
@@ -423,7 +424,7 @@ def test_an_operator_who_gives_up_is_heeded(synapse):
 
 def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
     host = synapse.host
-    pid = synapse.interrupt("stop", signal.SIGSTOP)
+    pid = synapse.interrupt("upgrade", signal.SIGSTOP)
     assert "Another run is at work" in synapse.fails()
     assert "PostgreSQL is being moved from 15/main to 18/main" in host.salt("synapse_postgres.fault")
     assert "holds the lock" in synapse.refused()
