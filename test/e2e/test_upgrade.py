@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import secrets
 import signal
 
 import pytest
@@ -80,7 +81,7 @@ class Site(Deployment):
         """Whoever was there before the upgrade goes on: nothing is lost, and new messages come through."""
         until(self.all_healthy, "every process is healthy", 120)
         self.alice.url = self.bob.url = self.url
-        text = f"after {len(self.said)}"
+        text = f"after {secrets.token_hex(4)}"
         self.alice.say(self.room, text)
         events = []
 
@@ -124,7 +125,7 @@ class Site(Deployment):
         self.host.run("fuser", "--silent", "--kill", f"{DATA}/postgres-upgrade.lock", check=False)
         mounts = self.host.sh(f"grep --only-matching '{PROGRAMS}/[a-z_]*' /proc/mounts || true").stdout.split()
         for path in mounts:
-            self.host.run("umount", path)
+            self.host.run("umount", "--lazy", path)
         self.host.sh("rm -rf /run/systemd/system/matrix-synapse*.service.d; systemctl daemon-reload")
         self.pillar = copy.deepcopy(PILLAR)
         self.write_pillar()
@@ -515,7 +516,8 @@ def master(synapse):
     def run(*words, check=True):
         return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
 
-    until(lambda: host.run("salt", "*", "test.ping", check=False).returncode == 0, "the minion is there", 120)
+    ping = ["salt", "--pillar", "synapse:server_name:*", "test.ping"]
+    until(lambda: host.run(*ping, check=False).returncode == 0, "the minion is there, and its pillar known", 120)
     host.run("salt", "*", "saltutil.sync_all")
     yield run
     host.run("systemctl", "stop", "salt-minion", "salt-master")
@@ -549,12 +551,12 @@ def test_a_minion_whose_work_is_killed_is_a_failure_and_the_next_run_puts_it_rig
     lying("pg_upgrade", '[[ " $* " == *" --check "* ]] || { touch /run/blocked; sleep 1000; }\nexec $REAL "$@"')
     host.sh("rm -f /run/blocked; chmod 777 /run")
     command = " ".join(["salt-run", *ORCHESTRATE, """'pillar={"arguments": {"version": 18}, "timeout": 20}'"""])
-    host.sh(f"({command}; echo exit $?) >/run/orchestration.log 2>&1 &")
+    host.sh(f"({command} && echo exit 0 || echo exit $?) >/run/orchestration.log 2>&1 &")
     until(lambda: host.run("test", "-e", "/run/blocked", check=False).returncode == 0, "the tool is at work", 120)
     host.sh("fuser --kill /var/lib/matrix-synapse/postgres-upgrade.lock")
     until(lambda: "\nexit " in host.read("/run/orchestration.log"), "the master notices", 120)
     assert "\nexit 0" not in host.read("/run/orchestration.log")
-    host.run("umount", f"{PROGRAMS}/pg_upgrade")
+    host.run("umount", "--lazy", f"{PROGRAMS}/pg_upgrade")
     master(*ORCHESTRATE, 'pillar={"arguments": {"version": 18}}')
     assert is_on(synapse, NEW) == [OLD]
 
