@@ -332,6 +332,23 @@ def _settings():
     return settings
 
 
+def busy():
+    """
+    Return whether a backup, a verification or a restore is running.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_backup.busy
+    """
+    try:
+        with _alone():
+            return False
+    except CommandExecutionError:
+        return True
+
+
 @contextlib.contextmanager
 def _alone():
     """Only one run at a time. The lock ends with the process that holds it."""

@@ -769,7 +769,7 @@ def _start_again(holder, before):
     __salt__["synapse_maintenance.open"]()
 
 
-def start(holder="synapse_process.stop", opened=True):
+def start(holder="synapse_process.stop", opened=True, force=False):
     """
     Undo :func:`stop`: the lock goes, every process of the plan starts, the main process first, and once all are healthy,
     nginx passes requests on again.
@@ -779,6 +779,9 @@ def start(holder="synapse_process.stop", opened=True):
 
     opened
         Whether nginx passes requests on in the end.
+
+    force
+        Whether to do it also while a move of PostgreSQL is at work or was cut off: for that move itself.
 
     Returns the names of the processes, all healthy.
 
@@ -791,6 +794,9 @@ def start(holder="synapse_process.stop", opened=True):
 
         salt-call synapse_process.start
     """
+    unfinished = None if force else __salt__["synapse_upgrade.fault"]()
+    if unfinished:
+        raise CommandExecutionError(unfinished)
     wanted = list(units())
     __salt__["synapse_maintenance.unlock"](holder)
     if _systemctl_result("start", *_services(wanted))["retcode"] != 0:
