@@ -176,7 +176,9 @@ def _alone():
                 "Another run is at work on Synapse's PostgreSQL: see salt-call synapse_postgres.status"
             ) from err
         # As by default a terminal that goes away would end it on the spot, with nothing undone.
-        with _handling(_hang_up, *[number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_DFL]):
+        with _handling(
+            _hang_up, *[number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_DFL]
+        ):
             yield
 
 
