@@ -16,9 +16,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -243,7 +245,7 @@ def restore(backup, kill=False, grace=None):
     """
     started = time.monotonic()
     settings = _settings()
-    with _alone():
+    with _alone(), _signalled(_hung_up, signal.SIGHUP):
         path = _path(backup, settings)
         journal = _resumed(path, settings) or _begin(path, settings)
         try:
@@ -255,10 +257,10 @@ def restore(backup, kill=False, grace=None):
             _switch(journal, settings)
             kept = _put_back(journal, settings)
             _enter(journal, "starting", settings)
-            names = __salt__["synapse_process.start"](HOLDER)
+            names = __salt__["synapse_process.start"](HOLDER, opened=False, force=True)
         except BaseException as err:
             raise CommandExecutionError(f"{str(err) or type(err).__name__}\n{_undone(journal, settings)}") from err
-        _journal_file(settings).unlink()
+        _finish(settings)
     return {
         "backup": str(path),
         "old": journal["old"],
@@ -270,6 +272,49 @@ def restore(backup, kill=False, grace=None):
             f" salt-call synapse_backup.discard_old {journal['old']}. Now run salt-call state.apply synapse"
         ),
     }
+
+
+def undo():
+    """
+    Give up a restore that was cut off: the database and the files of before are put back, and Synapse is started if it was
+    stopped. Return in words what was done.
+
+    Raises CommandExecutionError if there is none, which is so as well once users are served by the restored database.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_backup.undo
+    """
+    settings = _settings()
+    with _alone():
+        journal = _journal(settings)
+        if not journal:
+            raise CommandExecutionError("There is no restore that was cut off")
+        _end_orphans()
+        return _undo(journal, settings)
+
+
+def fault():
+    """
+    Return a sentence that says which restore is at work or was cut off, and how to put it right; None if there is none.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_backup.fault
+    """
+    journal = _journal(_all_settings())
+    if not journal:
+        return None
+    if _at_work():
+        return f"The restore of {journal['backup']} is {journal['phase']}, or waits for another run of synapse_backup to end"
+    return (
+        f"{_cut_off(journal)}. To finish it: salt-call synapse_backup.restore {journal['backup']}."
+        " To give it up: salt-call synapse_backup.undo"
+    )
 
 
 def old():
@@ -363,6 +408,38 @@ def _alone():
             raise CommandExecutionError(f"{type(err).__name__}: {err}") from err
 
 
+@contextlib.contextmanager
+def _signalled(handler, *numbers):
+    """Have signals handled otherwise for a while. Children that are started meanwhile ignore what is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        # A signal meets the main thread alone, which is not at work here.
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
+def _hung_up(number, frame):
+    # As Ctrl-C: nothing takes it for a failure of its own.
+    raise KeyboardInterrupt("The terminal is gone")
+
+
+def _at_work():
+    """Whether a run holds the lock of :func:`_alone`."""
+    try:
+        with open(RUN_LOCK, encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
 def _directory(settings):
     path = pathlib.Path(settings["backup"]["directory"])
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -424,8 +501,9 @@ def _now():
 
 
 def _tell(text):
-    """To the console of whoever runs it."""
-    print(f"[{_now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
+    """To the console of whoever runs it, if that is still there."""
+    with contextlib.suppress(OSError):
+        print(f"[{_now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
 
 
 # Making one
@@ -794,10 +872,22 @@ def _journal_file(settings):
 
 
 def _journal(settings):
+    """The journal of a run that is at work or was cut off."""
     try:
-        return json.loads(_journal_file(settings).read_text(encoding="utf-8"))
+        journal = json.loads(_journal_file(settings).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    if journal["phase"] == "starting" and _taken_over():
+        # Users may have written since: nothing may undo it any more.
+        _journal_file(settings).unlink(missing_ok=True)
+        return None
+    return journal
+
+
+def _taken_over():
+    """Whether somebody else let users in, or stopped Synapse. A restore keeps nginx closed as long as it has a journal."""
+    held = __salt__["synapse_maintenance.holder"]()
+    return held["holder"] != HOLDER if held else not __salt__["synapse_maintenance.closed"]()
 
 
 def _resumed(path, settings):
@@ -806,15 +896,27 @@ def _resumed(path, settings):
     if not journal:
         return None
     _end_orphans()
-    cut_off = f"the restore of {journal['backup']} that was cut off while it was {journal['phase']}"
     if journal["phase"] not in ("switching", "starting"):
-        _tell(f"undoing {cut_off}")
+        _tell(f"{_cut_off(journal)}, and is undone")
         _undo(journal, settings)
         return None
     if journal["backup"] != str(path):
-        raise CommandExecutionError(f"First finish {cut_off}: salt-call synapse_backup.restore {journal['backup']}")
-    _tell(f"finishing {cut_off}")
+        raise CommandExecutionError(
+            f"{_cut_off(journal)}. First finish it: salt-call synapse_backup.restore {journal['backup']};"
+            " or give it up: salt-call synapse_backup.undo"
+        )
+    _tell(f"{_cut_off(journal)}, and is finished now")
     return journal
+
+
+def _cut_off(journal):
+    return f"The restore of {journal['backup']} was cut off while it was {journal['phase']}"
+
+
+def _finish(settings):
+    """The end of a run. Without a journal nothing undoes it any more: only then users are let in."""
+    _journal_file(settings).unlink(missing_ok=True)
+    __salt__["synapse_maintenance.open"]()
 
 
 def _begin(path, settings):
@@ -970,6 +1072,11 @@ def _undone(journal, settings):
 
 def _undo(journal, settings):
     """Put back the database and files of before, start Synapse if it was stopped; return in words what was done."""
+    with _signalled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        return _put_all_back(journal, settings)
+
+
+def _put_all_back(journal, settings):
     touched = journal.setdefault("undo_from", journal["phase"])
     _enter(journal, "undoing", settings)
     if touched in ("switching", "starting"):
@@ -977,16 +1084,19 @@ def _undo(journal, settings):
         _switch_back(journal, settings)
         _take_back(journal, settings)
     said = "Undone: the database and the files are those of before"
-    held = __salt__["synapse_maintenance.holder"]()
+    held, healthy = __salt__["synapse_maintenance.holder"](), False
     if (held and held["holder"] == HOLDER) or (not held and touched != "restoring"):
         try:
-            __salt__["synapse_process.start"](HOLDER)
-            said += ", and every process is healthy"
+            __salt__["synapse_process.start"](HOLDER, opened=False, force=True)
+            said, healthy = f"{said}, and every process is healthy", True
         except CommandExecutionError as err:
             # As it may have been before; only an operator can tell.
             said += f", but Synapse does not start with them: {err}"
     _drop(journal["new"])
-    _journal_file(settings).unlink()
+    if healthy:
+        _finish(settings)
+    else:
+        _journal_file(settings).unlink(missing_ok=True)
     return said
 
 

@@ -74,11 +74,29 @@ def fault():
         salt-call synapse_maintenance.fault
     """
     held = holder()
-    return held and (
+    return held and _sentence(held)
+
+
+def _sentence(held):
+    end = f"To end it: salt-call synapse_process.start holder='{held['holder']}'"
+    return (
         f"Synapse is under maintenance: {held['holder']} holds the lock {lock_file()} since {held['since']}"
-        f" ({held['reason']}). Until then nothing starts and nothing changes; to end it:"
-        f" salt-call synapse_process.start holder='{held['holder']}'"
+        f" ({held['reason']}). Until it ends nothing starts and nothing changes. {unfinished() or end}"
     )
+
+
+def unfinished():
+    """
+    Return a sentence that says which work on the database is not finished, and how to put it right; None if all is. To start
+    Synapse in the middle of it would let users write what its way back destroys.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_maintenance.unfinished
+    """
+    return __salt__["synapse_upgrade.fault"]() or __salt__["synapse_backup.fault"]()
 
 
 def lock(name, reason):
@@ -111,15 +129,30 @@ def lock(name, reason):
         raise CommandExecutionError(f"{os.path.dirname(path)} is not there: is Synapse deployed here?") from err
     try:
         # Whole from the beginning, and only one of two can be first.
-        os.link(draft, path)
-    except FileExistsError as err:
-        held = holder()
-        if held and held["holder"] != name:
-            raise CommandExecutionError(fault()) from err
-        return False
+        while not _link(draft, path):
+            # Else it was given back in between.
+            if held := holder():
+                if held["holder"] != name:
+                    raise CommandExecutionError(_sentence(held))
+                return False
     finally:
         os.unlink(draft)
+    _sync(os.path.dirname(path))
     return True
+
+
+def _link(draft, path):
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync(directory):
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def unlock(name):
@@ -141,7 +174,7 @@ def unlock(name):
     if held is None:
         return False
     if held["holder"] != name:
-        raise CommandExecutionError(fault())
+        raise CommandExecutionError(_sentence(held))
     pathlib.Path(lock_file()).unlink()
     return True
 
@@ -188,6 +221,24 @@ def closed():
         salt-call synapse_maintenance.closed
     """
     return SWITCH.exists()
+
+
+def closed_fault():
+    """
+    Return a sentence if nginx answers 503 though nobody holds the lock, as after a start that was cut off; None otherwise.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_maintenance.closed_fault
+    """
+    if holder() or not closed():
+        return None
+    return (
+        f"nginx answers 503 to every user, since {SWITCH} is there, though nobody holds the lock: a start is at work or was"
+        " cut off, or not every process became healthy. salt-call synapse_process.start opens it"
+    )
 
 
 __func_alias__ = {"open_": "open"}

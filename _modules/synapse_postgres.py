@@ -5,6 +5,7 @@ Synapse's PostgreSQL cluster: which one it is, how it is set, who is connected; 
 import csv
 import io
 import json
+import os
 import pathlib
 
 from salt.exceptions import CommandExecutionError
@@ -164,9 +165,10 @@ def sessions():
     """
     Return every session of Synapse's role in the database, whoever has it: a list of dicts with ``pid`` (of PostgreSQL's
     process), ``process`` (the name that the session gives itself: Synapse's processes give their own), ``client`` (an
-    address, ``a socket``), ``state`` and ``since``. A server that is down has none.
+    address, ``a socket``), ``state`` and ``since``. A cluster of this machine that is down has none, nor has a deployment
+    that is not there yet.
 
-    Raises CommandExecutionError if that can't be found out.
+    Raises CommandExecutionError if that can't be found out: of an external server also if it does not answer.
 
     Source: https://www.postgresql.org/docs/current/monitoring-stats.html, ``pg_stat_activity``
 
@@ -335,7 +337,7 @@ def remember():
 
     Returns a dict with ``tables`` and ``rows``.
 
-    Raises CommandExecutionError if Synapse runs, or the database can't be read.
+    Raises CommandExecutionError if Synapse runs, or the database can't be read, or is empty.
 
     CLI Example:
 
@@ -343,14 +345,17 @@ def remember():
 
         salt-call synapse_postgres.remember
     """
-    left = __salt__["synapse_process.left"](__salt__["synapse_process.census"]())
+    left = __salt__["synapse_process.left"](__salt__["synapse_process.census"](memory=False))
     if left:
         raise CommandExecutionError(
             f"Synapse must be stopped first, by salt-call synapse_process.stop: there is {'; '.join(left)}"
         )
     found = __salt__["synapse_migration.contents_of"](_rows_of_database, rows=True)
+    summary = _summary(found)
+    if not summary["tables"]:
+        raise CommandExecutionError("There is no table in Synapse's database: nothing could be compared with that")
     _remembered().write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return _summary(found)
+    return summary
 
 
 def verify():
@@ -421,12 +426,17 @@ def _ask_managed(query):
 
 def _ask_external(settings, query):
     """By Synapse's own driver and credentials, from its image: this machine need not have any client of PostgreSQL's."""
+    homeserver = f"{settings['directories']['config']}/homeserver.yaml"
+    if not os.path.exists(homeserver):
+        return []
     image = __salt__["synapse_image.wanted"](settings["image"])
     if not image["id"]:
-        return []
+        raise CommandExecutionError(
+            f"The database can't be asked: the image {image['reference']} is not here. It comes by salt-call state.apply"
+            " synapse.image"
+        )
     arguments = __salt__["synapse_process.common_arguments"]()
     script = __salt__["cp.get_file_str"]("salt://synapse/postgres/files/query.py")
-    homeserver = f"{settings['directories']['config']}/homeserver.yaml"
     done = _run(
         *("docker", "run", "--rm", *arguments, "--entrypoint=python3", image["id"]),
         *("-c", script, homeserver, query),

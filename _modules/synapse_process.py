@@ -16,6 +16,7 @@ import socket
 import time
 
 import jinja2
+import salt.utils.user
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 UNITS = pathlib.Path("/etc/systemd/system")
@@ -419,17 +420,20 @@ def prune(keep):
     return gone
 
 
-def census():
+def census(memory=True):
     """
     Return what really runs of Synapse on this machine, whether the formula started it or not: a dict with
 
     ``maintenance``
         Who holds the lock, see ``synapse_maintenance.holder``; None if nobody does.
 
+    ``closed``
+        Whether nginx answers 503.
+
     ``processes``
         A list of dicts, one for each process of the plan and for each that left a trace here: ``name``, ``type`` (None if
         it is not of the plan), ``unit`` (systemd's word), ``container`` (Docker's word), ``healthy``, ``current`` (whether
-        it runs what the pillar says), ``sessions`` (how many of the database's), ``restarts``, ``memory`` (bytes) and
+        it runs what the pillar says), ``sessions`` (how many of the database's; None if it can't be asked), ``restarts``, ``memory`` (bytes) and
         ``since``.
 
     ``strays``
@@ -438,6 +442,12 @@ def census():
 
     ``sessions``
         Every session of Synapse's role in the database: see ``synapse_postgres.sessions``.
+
+    ``sessions_fault``
+        Why the database can't be asked, as when it recovers from a crash, so that there may be others; None if it can.
+
+    memory
+        Whether to ask for the memory, which takes Docker two seconds.
 
     CLI Example:
 
@@ -449,7 +459,9 @@ def census():
     planned = {process["name"]: process for process in __salt__["synapse_workers.plan"]()["processes"]}
     names = [process["name"] for process in counted["processes"]]
     known = _properties(names, "NRestarts", "ActiveEnterTimestamp")
-    memory = _memory([process["name"] for process in counted["processes"] if process["container"] == "running"])
+    used = _memory(
+        [process["name"] for process in counted["processes"] if memory and process["container"] == "running"]
+    )
     for process in counted["processes"]:
         name, inputs = process["name"], process.pop("inputs")
         process.update(
@@ -457,13 +469,20 @@ def census():
                 "type": _type(planned.get(name)),
                 "healthy": healthy(_private_socket(name)),
                 "current": name in planned and inputs == wanted[name]["inputs"],
-                "sessions": sum(session["process"] == name for session in counted["sessions"]),
+                "sessions": _sessions_of(name, counted),
                 "restarts": int(known[name].get("NRestarts") or 0),
-                "memory": memory.get(name),
+                "memory": used.get(name),
                 "since": known[name]["ActiveEnterTimestamp"],
             }
         )
-    return {"maintenance": __salt__["synapse_maintenance.holder"](), **counted}
+    maintenance = __salt__["synapse_maintenance.holder"]()
+    return {"maintenance": maintenance, "closed": __salt__["synapse_maintenance.closed"](), **counted}
+
+
+def _sessions_of(name, counted):
+    if counted["sessions_fault"]:
+        return None
+    return sum(session["process"] == name for session in counted["sessions"])
 
 
 def _count():
@@ -481,10 +500,15 @@ def _count():
         }
         for name in names
     ]
+    try:
+        sessions, fault = __salt__["synapse_postgres.sessions"](), None
+    except CommandExecutionError as err:
+        sessions, fault = [], str(err)
     return {
         "processes": processes,
         "strays": _strays([process["name"] for process in processes if _runs(process)]),
-        "sessions": __salt__["synapse_postgres.sessions"](),
+        "sessions": sessions,
+        "sessions_fault": fault,
     }
 
 
@@ -591,7 +615,7 @@ def status():
             process["unit"],
             _yes(process["healthy"]),
             _yes(process["current"]) if process["type"] else "not of the plan",
-            str(process["sessions"]),
+            str(process["sessions"]) if process["sessions"] is not None else "-",
             str(process["restarts"]),
             f"{process['memory'] / (1 << 20):.0f} MiB" if process["memory"] is not None else "-",
             process["since"] or "-",
@@ -602,9 +626,12 @@ def status():
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"A stray: {_stray(stray)}" for stray in counted["strays"]]
     lines += [f"A stray: {_session(session)}" for session in _foreign(counted)]
-    if counted["maintenance"]:
-        lines.append(__salt__["synapse_maintenance.fault"]())
-    return "\n".join(lines)
+    faults = [
+        counted["sessions_fault"],
+        __salt__["synapse_maintenance.fault"]() or __salt__["synapse_maintenance.unfinished"](),
+        __salt__["synapse_maintenance.closed_fault"](),
+    ]
+    return "\n".join([*lines, *filter(None, faults)])
 
 
 def _yes(value):
@@ -627,7 +654,8 @@ def _foreign(counted):
 
 def left(counted):
     """
-    Return a list of all that a census found running, a phrase each; an empty list proves that Synapse is stopped.
+    Return a list of all that a census found running, or could not find out, a phrase each; an empty list proves that Synapse
+    is stopped.
 
     counted
         What :func:`census` returned.
@@ -636,18 +664,20 @@ def left(counted):
 
     .. code-block:: bash
 
-        salt-call synapse_process.left '{processes: [], strays: [], sessions: []}'
+        salt-call synapse_process.left '{processes: [], strays: [], sessions: [], sessions_fault: null}'
     """
     found = [
         f"the unit {process['name']} ({process['unit']})"
         for process in counted["processes"]
         if _runs(process) or process["container"] in ("running", "paused", "restarting")
     ]
+    found += [_stray(stray) for stray in counted["strays"]]
     # The session of a unit that runs goes with it.
-    return found + [_stray(stray) for stray in counted["strays"]] + [_session(session) for session in _foreign(counted)]
+    found += [_session(session) for session in _foreign(counted)]
+    return found + ([f"perhaps database sessions ({counted['sessions_fault']})"] if counted["sessions_fault"] else [])
 
 
-def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False, grace=None):
+def stop(holder=None, reason="an operator's stop", kill=False, grace=None):
     """
     Stop Synapse and prove it: nginx answers 503, a lock keeps all units from starting, and a census finds nothing more.
 
@@ -655,7 +685,8 @@ def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False,
     allowed; if it is not, all that ran before is started again.
 
     holder
-        In whose name the lock is taken. Who holds it already may stop again.
+        In whose name the lock is taken. Who holds it already may stop again. Defaults to the user who runs it, so that one
+        operator does not end what another has begun.
 
     reason
         What for; whoever meets the lock reads it.
@@ -677,6 +708,7 @@ def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False,
 
         salt-call synapse_process.stop reason="new disks"
     """
+    holder = _caller() if holder is None else holder
     if grace is None:
         grace = __salt__["synapse_pillar.settings"]()["process"]["stop_grace"]
     for argument, value, is_right, right in (
@@ -708,6 +740,11 @@ def stop(holder="synapse_process.stop", reason="an operator's stop", kill=False,
     return {"stopped": ran, "killed": killed}
 
 
+def _caller():
+    """The user who runs it, also behind sudo: ``root``, ``sudo_alice``."""
+    return salt.utils.user.get_specific_user()
+
+
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -715,20 +752,28 @@ def _is_number(value):
 def _terminate(grace):
     """Have everything end by SIGTERM; return what is left after the grace time."""
     # The units' own `docker stop` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
-    # automatic restart meets the lock.
-    running = [name for name, container in containers().items() if container["state"] == "running"]
-    if running:
-        _docker("kill", "--signal=TERM", *running)
-    for stray in _count()["strays"]:
-        if stray["kind"] == "container":
-            _docker("kill", "--signal=TERM", stray["id"])
-        else:
-            _signal(stray["id"], signal.SIGTERM)
-    remaining = _wait_until_nothing_is_left(grace)
+    # automatic restart meets the lock. A unit that was past the lock already shows up later.
+    asked, deadline = set(), time.monotonic() + grace
+    while (remaining := left(counted := _count())) and time.monotonic() < deadline:
+        asked = _ask_to_end(counted, asked)
+        time.sleep(0.2)
     if not [name for name, container in containers().items() if container["state"] == "running"]:
         _systemctl_result("stop", *_services(present()))
         remaining = _wait_until_nothing_is_left(10)
     return remaining
+
+
+def _ask_to_end(counted, asked):
+    """Send SIGTERM to all that a census found running, but for what was asked already; return what that was."""
+    running = {("container", process["name"]) for process in counted["processes"] if process["container"] == "running"}
+    running |= {(stray["kind"], stray["id"]) for stray in counted["strays"]}
+    for kind, id_ in running - asked:
+        if kind == "process":
+            _signal(id_, signal.SIGTERM)
+    named = [id_ for kind, id_ in running - asked if kind == "container"]
+    if named:
+        _docker("kill", "--signal=TERM", *named)
+    return running
 
 
 def _wait_until_nothing_is_left(seconds):
@@ -769,23 +814,23 @@ def _start_again(holder, before):
     __salt__["synapse_maintenance.open"]()
 
 
-def start(holder="synapse_process.stop", opened=True, force=False):
+def start(holder=None, opened=True, force=False):
     """
     Undo :func:`stop`: the lock goes, every process of the plan starts, the main process first, and once all are healthy,
     nginx passes requests on again.
 
     holder
-        In whose name the lock was taken.
+        In whose name the lock was taken. Defaults to the user who runs it.
 
     opened
         Whether nginx passes requests on in the end.
 
     force
-        Whether to do it also while a move of PostgreSQL is at work or was cut off: for that move itself.
+        Whether to start in the middle of an upgrade of PostgreSQL or a restore, as these themselves do.
 
     Returns the names of the processes, all healthy.
 
-    Raises CommandExecutionError if somebody else holds the lock; or if a process does not become healthy, with the end of
+    Raises CommandExecutionError if somebody else holds the lock, or if an upgrade or a restore is not finished; or if a process does not become healthy, with the end of
     its journal: nginx answers 503 still, and the next call goes on.
 
     CLI Example:
@@ -794,7 +839,8 @@ def start(holder="synapse_process.stop", opened=True, force=False):
 
         salt-call synapse_process.start
     """
-    unfinished = None if force else __salt__["synapse_upgrade.fault"]()
+    holder = _caller() if holder is None else holder
+    unfinished = not force and __salt__["synapse_maintenance.unfinished"]()
     if unfinished:
         raise CommandExecutionError(unfinished)
     wanted = list(units())

@@ -66,7 +66,7 @@ def stopped(name, reason="state.apply", kill=False, grace=None):
     """
     ret = {"name": name, "result": True, "comment": "Synapse is stopped and locked", "changes": {}}
     try:
-        left = __salt__["synapse_process.left"](__salt__["synapse_process.census"]())
+        left = __salt__["synapse_process.left"](__salt__["synapse_process.census"](memory=False))
         held = __salt__["synapse_maintenance.holder"]()
         if held and held["holder"] != name:
             raise CommandExecutionError(__salt__["synapse_maintenance.fault"]())
@@ -99,6 +99,9 @@ def started(name):
             return ret
         if held and held["holder"] != name:
             raise CommandExecutionError(__salt__["synapse_maintenance.fault"]())
+        unfinished = __salt__["synapse_maintenance.unfinished"]()
+        if unfinished:
+            raise CommandExecutionError(unfinished)
         ret["changes"] = {"lock": {"old": held and held["holder"], "new": None}}
         if __opts__["test"]:
             ret.update(result=None, comment="Synapse would be started")

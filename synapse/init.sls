@@ -18,6 +18,10 @@ Synapse is not under maintenance:
 PostgreSQL is the one that the pillar asks for:
   test.fail_without_changes:
     - comment: {{ salt["synapse_postgres.fault"]() | json }}
+{%- elif salt["synapse_backup.fault"]() %}
+No restore is unfinished:
+  test.fail_without_changes:
+    - comment: {{ salt["synapse_backup.fault"]() | json }}
 {%- else %}
 include:
   - synapse.docker
@@ -28,5 +32,13 @@ include:
   - synapse.config
   - synapse.process
   - synapse.nginx
+{#- It does not keep the run from anything: that may be what mends a process for which nginx was not opened. #}
+{%- if salt["synapse_maintenance.closed_fault"]() %}
+
+nginx lets users in:
+  test.fail_without_changes:
+    - comment: {{ salt["synapse_maintenance.closed_fault"]() | json }}
+    - order: last
+{%- endif %}
 {%- endif %}
 {%- endif %}

@@ -331,14 +331,35 @@ def test_a_restore_that_is_killed_in_every_phase_is_put_right_by_the_same_comman
 
     elsewhere = f"{COPIES}/elsewhere/{talk['backup'].rpartition('/')[2]}"
     host.sh(f"mkdir -p {elsewhere}")
-    with pytest.raises(HostError, match="First finish the restore of .* that was cut off while it was starting"):
+    with pytest.raises(HostError, match="was cut off while it was starting. First finish it"):
         synapse_restore(host, elsewhere)
+    with pytest.raises(
+        HostError, match="was cut off while it was starting. To finish it: salt-call synapse_backup.restore"
+    ):
+        host.salt("synapse_process.start")
+    assert "To give it up: salt-call synapse_backup.undo" in deployed.refused()
     done = synapse_restore(host, talk["backup"])
     assert deployed.all_healthy()
     assert alice.heard(room)[0] == "to be kept"
     assert phase(host) == ""
     assert databases(host) == {*before, done["old"]}
     host.salt("synapse_backup.discard_old", done["old"])
+
+
+def test_a_restore_that_was_killed_can_be_given_up(deployed, talk):
+    host, alice, room = deployed.host, talk["alice"], talk["room"]
+    alice.say(room, "before it was given up")
+    before = databases(host)
+    process = in_background(host, "synapse_backup.restore", talk["backup"])
+    until(lambda: phase(host) == "starting", "it is starting")
+    host.run("kill", "-KILL", process)
+    with pytest.raises(Refused):
+        alice.heard(room)
+    assert "every process is healthy" in host.salt("synapse_backup.undo")
+    assert deployed.all_healthy()
+    assert alice.heard(room)[0] == "before it was given up"
+    assert databases(host) == before
+    assert deployed.apply(test=True) == {}
 
 
 def test_a_session_of_somebody_else_is_ended_only_if_allowed(deployed, talk):

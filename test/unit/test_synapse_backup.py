@@ -1,6 +1,8 @@
 """Backups: what is one, what differs, what is refused, without a database."""
 
+import contextlib
 import json
+import signal
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -124,6 +126,67 @@ def test_only_one_runs_at_a_time(backup, made):
         backup.remove(STAMP)
     assert backup.remove(STAMP) == str(made)
     assert not made.exists()
+
+
+@pytest.fixture
+def cut_off(minion, backup, tmp_path):
+    """A restore that was cut off in a phase, with nginx closed and no lock, as in the middle of a start."""
+    maintenance = minion.synapse_maintenance
+    maintenance.SWITCH = tmp_path / "switch"
+    maintenance.close()
+
+    def at(phase):
+        minion.write("data/restore.json", json.dumps({"backup": f"/b/{STAMP}", "phase": phase, "old": "x", "new": "y"}))
+        return tmp_path / "data" / "restore.json"
+
+    return at
+
+
+@pytest.mark.parametrize("phase", ["restoring", "stopping", "switching", "starting", "undoing"])
+def test_a_restore_that_was_cut_off_says_how_to_end_it(backup, cut_off, phase):
+    assert backup.fault() is None
+    cut_off(phase)
+    assert backup.fault() == (
+        f"The restore of /b/{STAMP} was cut off while it was {phase}. To finish it: salt-call synapse_backup.restore /b/{STAMP}."
+        " To give it up: salt-call synapse_backup.undo"
+    )
+    with backup._alone():
+        assert f"The restore of /b/{STAMP} is {phase}" in backup.fault()
+
+
+@pytest.mark.parametrize("holder", [None, "root"])
+def test_nothing_undoes_a_restore_once_somebody_let_users_in(minion, backup, cut_off, holder):
+    journal = cut_off("switching")
+    if holder:
+        minion.synapse_maintenance.lock(holder, "new disks")
+    else:
+        minion.synapse_maintenance.open_()
+    assert backup.fault()
+    cut_off("starting")
+    with pytest.raises(CommandExecutionError, match="no restore that was cut off"):
+        backup.undo()
+    assert backup.fault() is None
+    assert not journal.exists()
+
+
+def test_a_terminal_that_is_gone_ends_a_run_but_not_its_way_back(backup):
+    with backup._signalled(backup._hung_up, signal.SIGHUP):
+        with pytest.raises(KeyboardInterrupt, match="The terminal is gone"):
+            signal.raise_signal(signal.SIGHUP)
+        with backup._signalled(signal.SIG_IGN, signal.SIGHUP, signal.SIGINT):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) == backup._hung_up
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_console_that_is_gone_is_no_failure(backup, monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as gone:
+        monkeypatch.setattr("sys.stderr", gone)
+        backup._tell("nobody reads it")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            gone.close()
 
 
 def test_media_is_yes_or_no(backup):
