@@ -730,7 +730,10 @@ def _others_at_work():
     states = [job["fun"] for job in __salt__["saltutil.is_running"]("state.*")]
     if states:
         yield f"Salt is at work here, let it end first: {', '.join(states)}"
-    if __salt__["synapse_backup.busy"]():
+    restore = __salt__["synapse_backup.fault"]()
+    if restore:
+        yield restore
+    elif __salt__["synapse_backup.busy"]():
         yield "A backup, its verification or a restore is running, let it end first"
 
 
