@@ -690,7 +690,7 @@ def _preflight(entry):
     if entry["method"] is None:
         clones = __salt__["synapse_migration.can_clone"](about["data"], data)
         entry["method"] = "clone" if clones else "copy"
-    faults = [*_faults_of_cluster(about, version, data, entry["method"]), *lagging_sequences(_asking(old))]
+    faults = _faults_of_cluster(about, version, data, entry["method"]) or lagging_sequences(_asking(old))
     if faults:
         raise CommandExecutionError("; ".join(faults))
     spare, parking = __salt__["synapse_cluster.free_ports"](2)
