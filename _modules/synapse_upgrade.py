@@ -254,7 +254,7 @@ def run(version, method=None, jobs=None, kill=False, grace=None, gated=False):
             _go_through(entry, "preflight")
             changed = True
         elif "care" not in (served := _served() or {"care": []}):
-            _go_through(served, "after-care")
+            _go_through({**served, "outcome": None}, "after-care")
             changed = True
         entry = _served() or {}
         return {
