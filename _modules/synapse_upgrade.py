@@ -417,7 +417,7 @@ def _fail(entry, err):
         # Whatever still writes would take what the reserve gives.
         __salt__["synapse_migration.end_tools"]()
         phase = _phase(entry)
-        said = f"The upgrade failed in the phase {phase}: {err or type(err).__name__}"
+        said = f"The upgrade failed in the phase {phase}: {_cause(err)}"
         # A tool that can't write its log does not say so.
         if entry["made"] and shutil.disk_usage(__salt__["synapse_cluster.existing"](entry["data"])).free < FULL:
             said += f"\nThe file system of {entry['data']} is full."
@@ -443,6 +443,11 @@ def _fail(entry, err):
                 f"{said}\nTo go back failed as well: {worse}\nNo data of {entry['old']} are lost. When the cause is mended,"
                 " the same command puts it right."
             )
+
+
+def _cause(err):
+    # What a signal makes says nothing, or the number that salt-call would exit with.
+    return str(err) if str(err).strip("0123456789") else type(err).__name__
 
 
 def _go_back(entry):
@@ -568,7 +573,7 @@ def _return(entry):
         _end(entry, "returned")
     except BaseException as err:
         with _undisturbed():
-            said = f"To go back to {entry['old']} failed: {err or type(err).__name__}"
+            said = f"To go back to {entry['old']} failed: {_cause(err)}"
             entry.update(returning=False, error=said)
             _serve_again(entry)
             _end(entry, "done")
