@@ -459,7 +459,8 @@ def test_an_after_care_that_fails_keeps_nobody_from_going_back(synapse, lying):
     said = synapse.fails()
     assert "failed in the phase after-care" in said
     assert "Synapse runs on 18/main, and users are served" in said
-    assert host.salt("synapse_postgres.fault") is None
+    # Nothing is locked.
+    assert MAIN in host.salt("synapse_process.start")
     foretold = host.salt("synapse_postgres.rollback")
     assert (foretold["changed"], foretold["would_serve"]) == (False, OLD)
     assert "failed in the phase after-care" in synapse.fails()
