@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -245,6 +246,9 @@ def test_another_server_with_the_process_id_is_not_this_one(minion, tmp_path):
     program = pathlib.Path(shutil.copy(shutil.which("sleep"), tmp_path / "postgres"))
     with subprocess.Popen([program, "60"], cwd=other) as server:
         try:
+            # It gets its name a moment after it is there.
+            while pathlib.Path(f"/proc/{server.pid}/comm").read_text().strip() != "postgres":
+                time.sleep(0.01)
             for directory in (data, other):
                 (directory / "postmaster.pid").write_text(f"{server.pid}\n")
             assert not minion.synapse_cluster._runs(str(data))
