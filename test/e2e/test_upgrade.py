@@ -395,7 +395,7 @@ def nothing_empty_runs(synapse, phase):
     assert synapse.cluster() in ((OLD,) if switched < 0 else (OLD, NEW) if switched == 0 else (NEW,))
     if phase in ("upgrade", "verify"):
         assert synapse.host.run("systemctl", "start", MAIN, check=False).returncode != 0
-        assert "synapse_postgres.upgrade holds the lock" in synapse.refused()
+        assert f"was cut off in the phase {phase}" in synapse.refused()
     if phase in ("verify", "switch"):
         # What users wrote to the new one now would be lost.
         with pytest.raises(HostError, match=f"was cut off in the phase {phase}"):
@@ -479,8 +479,7 @@ def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
     host.sh(f"runuser -u postgres -- psql --cluster {OLD} --command 'select pg_sleep(600)' >/dev/null 2>&1 &")
     pid = synapse.interrupt("stop", signal.SIGSTOP)
     assert "Another run is at work" in synapse.fails()
-    assert "PostgreSQL is being moved from 15/main to 18/main" in host.salt("synapse_postgres.fault")
-    assert "holds the lock" in synapse.refused()
+    assert "PostgreSQL is being moved from 15/main to 18/main" in synapse.refused()
     assert "at work" in host.salt("synapse_postgres.status")
     host.run("kill", "-CONT", pid)
     until(lambda: synapse.journal()["outcome"] == "done", "the first one comes to its end", 180)
