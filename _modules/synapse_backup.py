@@ -309,7 +309,7 @@ def fault():
     journal = _journal(_all_settings())
     if not journal:
         return None
-    if _at_work():
+    if busy():
         return f"The restore of {journal['backup']} is {journal['phase']}, or waits for another run of synapse_backup to end"
     return (
         f"{_cut_off(journal)}. To finish it: salt-call synapse_backup.restore {journal['backup']}."
@@ -411,8 +411,16 @@ def _hung_up(number, frame):
     raise KeyboardInterrupt("The terminal is gone")
 
 
-def _at_work():
-    """Whether a run holds the lock of :func:`_alone`."""
+def busy():
+    """
+    Return whether a backup, a verification or a restore is running.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_backup.busy
+    """
     try:
         with open(RUN_LOCK, encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -18,7 +18,6 @@ from salt.exceptions import CommandExecutionError
 
 CONFIG = pathlib.Path("/etc/postgresql")
 PROGRAMS = "/usr/lib/postgresql/{}/bin"
-EXTENSIONS = "/usr/share/postgresql/{}/extension"
 # What PostgreSQL's packages ask before they make a cluster.
 NO_NEW_CLUSTER = pathlib.Path("/etc/postgresql-common/createcluster.d/matrix-synapse.conf")
 
@@ -85,10 +84,13 @@ def _described(found):
 
 
 def _runs(data):
-    """Whether a server has these data: it is alive, and no other program got its process id after a crash."""
+    """Whether a server has these data: it is alive, and no other program, nor another server, got its process id after a
+    crash."""
     try:
         pid = pathlib.Path(data, "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0]
-        return pathlib.Path(f"/proc/{int(pid)}/comm").read_text(encoding="utf-8").strip() == "postgres"
+        process = pathlib.Path(f"/proc/{int(pid)}")
+        is_server = (process / "comm").read_text(encoding="utf-8").strip() == "postgres"
+        return is_server and os.path.samefile(process / "cwd", data)
     except (OSError, ValueError):
         return False
 

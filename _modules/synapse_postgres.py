@@ -48,6 +48,12 @@ def version():
         holding = [major for major in there if _holds_database(major, settings["postgres"]["database"])]
         if len(holding) == 1:
             return holding[0]
+        down = [f"{major}/main" for major in there if major != given and not _runs(major)]
+        if down and not holding:
+            raise CommandExecutionError(
+                f"synapse:postgres:version: {given}: {', '.join(down)} is down, so nobody can tell whether Synapse's data are on"
+                " it. Start it, or remove it, if nobody needs what is in it"
+            )
     if given is not None:
         return given
     if len(there) == 1:
@@ -64,9 +70,12 @@ def _present():
     return sorted(int(path.parent.name) for path in CLUSTERS.glob("*/main") if path.parent.name.isdecimal())
 
 
+def _runs(major):
+    return __salt__["synapse_cluster.clusters"]().get(f"{major}/main", {"running": False})["running"]
+
+
 def _holds_database(major, database):
-    found = __salt__["synapse_cluster.clusters"]().get(f"{major}/main", {"running": False})
-    if not found["running"]:
+    if not _runs(major):
         return False
     rows = __salt__["synapse_cluster.query"](f"{major}/main", "select datname from pg_database")
     return database in [row["datname"] for row in rows]
@@ -185,7 +194,7 @@ def terminate_sessions():
     _ask(TERMINATE)
 
 
-def upgrade(version=None, method=None, jobs=None, kill=False, grace=None):
+def upgrade(version=None, method=None, jobs=None, kill=False, grace=None, gated=False):
     """
     Move Synapse's data to a newer major version of PostgreSQL, in phases: ``preflight``, while users are served; ``stop``,
     ``upgrade``, ``verify``, ``switch``, ``start``, ``check``, while nginx answers 503; ``open``; ``after-care``.
@@ -209,6 +218,10 @@ def upgrade(version=None, method=None, jobs=None, kill=False, grace=None):
     kill, grace
         See ``synapse_process.stop``.
 
+    gated
+        With ``synapse:nginx:managed: false``: whether a proxy of your own keeps users out until this has ended. Otherwise it
+        does not begin, as it would lose what they write before all is checked.
+
     Returns a dict with ``cluster`` (where the data are), ``changed``, ``method``, ``kept`` (the old cluster),
     ``settings_left_behind`` (which the new version does not know) and ``seconds`` by phase.
 
@@ -222,7 +235,7 @@ def upgrade(version=None, method=None, jobs=None, kill=False, grace=None):
 
         salt-call synapse_postgres.upgrade version=18
     """
-    return __salt__["synapse_upgrade.run"](_target(version), method, jobs, kill, grace)
+    return __salt__["synapse_upgrade.run"](_target(version), method, jobs, kill, grace, gated)
 
 
 def _target(version):
@@ -238,12 +251,12 @@ def _target(version):
     return wanted
 
 
-def preflight(version=None, method=None):
+def preflight(version=None, method=None, gated=False):
     """
     Do the first phase of :func:`upgrade` alone, and clean up after it: nothing is stopped. The packages of the new version
     stay.
 
-    version, method
+    version, method, gated
         See :func:`upgrade`.
 
     Returns a dict with ``cluster`` (the one that would be made), ``method`` and ``settings_left_behind``.
@@ -256,20 +269,23 @@ def preflight(version=None, method=None):
 
         salt-call synapse_postgres.preflight version=18
     """
-    return __salt__["synapse_upgrade.preflight"](_target(version), method)
+    return __salt__["synapse_upgrade.preflight"](_target(version), method, gated)
 
 
-def rollback(confirm=False, kill=False, grace=None):
+def rollback(confirm=False, kill=False, grace=None, gated=False):
     """
     Go back to the cluster of before the last upgrade. What was written since then stays behind in the newer one, which is
-    kept, down and disabled. A run that was cut off is put right first, and that is all then: it goes back, or, where users
-    were served by the new cluster already, comes to its end.
+    kept, down and disabled. A run that was cut off before users were served by the new
+    cluster is put right, and that is all then. An after-care that fails does not keep anybody from going back.
 
     confirm
         Whether to do it. Otherwise only what would be lost is said.
 
     kill, grace
         See ``synapse_process.stop``.
+
+    gated
+        See :func:`upgrade`.
 
     Returns a dict with ``changed`` and ``lost``, and ``serves`` or ``would_serve``.
 
@@ -282,7 +298,7 @@ def rollback(confirm=False, kill=False, grace=None):
         salt-call synapse_postgres.rollback
         salt-call synapse_postgres.rollback confirm=True
     """
-    return __salt__["synapse_upgrade.go_back"](confirm, kill, grace)
+    return __salt__["synapse_upgrade.go_back"](confirm, kill, grace, gated)
 
 
 def discard_old(cluster):

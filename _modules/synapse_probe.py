@@ -15,12 +15,17 @@ from salt.exceptions import CommandExecutionError
 
 # Of a message to be heard, through every process that has to do with it.
 PATIENCE = 30
+# What Synapse answers for what it does not have any more.
+GONE = 404
 
 
-def begin():
+def begin(name):
     """
-    Register a user of its own, an administrator with a random name and password, have it make a room, and sync once. Its
-    token stays in this process.
+    Register a user of its own, an administrator with a random password, have it make a room, and sync once. Its token stays
+    in this process.
+
+    name
+        Its name, the part of its id before the server's.
 
     Returns a dict with ``user`` and ``room``.
 
@@ -32,11 +37,11 @@ def begin():
 
     .. code-block:: bash
 
-        salt-call synapse_probe.begin
+        salt-call synapse_probe.begin synapse-formula-0123abcd
     """
     main = _main_socket()
     nonce = _ask(main, "GET", "/_synapse/admin/v1/register")["nonce"]
-    name, password = f"synapse-formula-{secrets.token_hex(6)}", secrets.token_hex(32)
+    password = secrets.token_hex(32)
     with open(_registration_secret(), encoding="utf-8") as file:
         secret = file.read().strip()
     mac = hmac.new(secret.encode(), "\0".join([nonce, name, password, "admin"]).encode(), hashlib.sha1).hexdigest()
@@ -94,10 +99,10 @@ def attempt():
 
 def end(probes):
     """
-    Remove users that have begun, here or in a process that was killed, and their rooms.
+    Remove users that have begun, here or in a process that was killed, and their rooms. What is gone already is no fault.
 
     probes
-        A list of what :func:`begin` returned.
+        A list of what :func:`begin` returned, or would have; ``room`` is None where it did not.
 
     CLI Example:
 
@@ -109,9 +114,10 @@ def end(probes):
     main = _main_socket()
     # Its own user goes last: it is the one who does it.
     for probe in sorted(probes, key=lambda probe: probe["user"] == own["user"]):
-        room, user = (urllib.parse.quote(probe[key], safe="") for key in ("room", "user"))
-        _ask(main, "DELETE", f"/_synapse/admin/v1/rooms/{room}", {"purge": True, "force_purge": True}, own)
-        _ask(main, "POST", f"/_synapse/admin/v1/deactivate/{user}", {"erase": True}, own)
+        room, user = (urllib.parse.quote(probe[key] or "", safe="") for key in ("room", "user"))
+        if probe["room"]:
+            _ask(main, "DELETE", f"/_synapse/admin/v1/rooms/{room}", {"purge": True, "force_purge": True}, own, GONE)
+        _ask(main, "POST", f"/_synapse/admin/v1/deactivate/{user}", {"erase": True}, own, GONE)
     __context__.pop("synapse_probe", None)
 
 
@@ -129,7 +135,7 @@ def _registration_secret():
     return f"{__salt__['synapse_pillar.settings']()['directories']['data']}/secrets/registration"
 
 
-def _ask(path, method, target, body=None, probe=None):
+def _ask(path, method, target, body=None, probe=None, accepted=200):
     connection = http.client.HTTPConnection("localhost", timeout=PATIENCE)
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.sock.settimeout(PATIENCE)
@@ -141,7 +147,7 @@ def _ask(path, method, target, body=None, probe=None):
         connection.request(method, target, json.dumps(body) if body is not None else None, headers)
         answer = connection.getresponse()
         text = answer.read().decode(errors="replace")
-        if answer.status != 200:
+        if answer.status not in (200, accepted):
             raise CommandExecutionError(f"Synapse answered a test user with {answer.status}: {text[:500]}")
         return json.loads(text)
     except (OSError, http.client.HTTPException, ValueError) as err:

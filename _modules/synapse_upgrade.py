@@ -15,8 +15,11 @@ import functools
 import json
 import os
 import pathlib
+import secrets
 import shutil
+import signal
 import sys
+import threading
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -30,6 +33,12 @@ RESERVE = 1 << 20
 # What Synapse itself checks when it starts, before anybody notices a sequence that lags behind.
 POSITIONS = "select stream_name as name, max(stream_id) as position from stream_positions group by stream_name"
 SEQUENCES = "select sequencename as name, coalesce(last_value, 0) as value from pg_sequences"
+
+# Who else has a session in the cluster, when Synapse has none.
+OTHERS = """
+select distinct application_name as program, datname from pg_stat_activity
+where backend_type = 'client backend' and pid <> pg_backend_pid()
+"""
 
 
 def journal_file():
@@ -56,6 +65,16 @@ def record_file():
         salt-call synapse_upgrade.record_file
     """
     return f"{_data()}/postgres.json"
+
+
+def _served_file():
+    """The last upgrade whose new cluster serves: to it belongs the way back, whatever was tried since."""
+    return f"{_data()}/postgres-upgrade-served.json"
+
+
+def _left_file():
+    """Clusters that are left behind, and where their data are."""
+    return f"{_data()}/postgres-left-behind.json"
 
 
 def _contents_file():
@@ -156,7 +175,32 @@ def _alone():
             raise CommandExecutionError(
                 "Another run is at work on Synapse's PostgreSQL: see salt-call synapse_postgres.status"
             ) from err
+        # As by default a terminal that goes away would end it on the spot, with nothing undone.
+        with _handling(
+            _hang_up, *[number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_DFL]
+        ):
+            yield
+
+
+def _hang_up(*_):
+    raise SystemExit("its terminal was closed")
+
+
+def _undisturbed():
+    """Until the way back came to its end nobody gives up: neither here, nor in the programs that are called meanwhile."""
+    return _handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _handling(handler, *numbers):
+    # Only there can it be said, and only there it matters.
+    numbers = numbers if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
         yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def running():
@@ -182,7 +226,7 @@ def running():
 # --- The run --------------------------------------------------------------------------------------
 
 
-def run(version, method=None, jobs=None, kill=False, grace=None):
+def run(version, method=None, jobs=None, kill=False, grace=None, gated=False):
     """
     Move Synapse's data to a newer major version: see ``synapse_postgres.upgrade``.
 
@@ -197,6 +241,7 @@ def run(version, method=None, jobs=None, kill=False, grace=None):
         ("version", version, isinstance(version, int), "a major version, such as 18"),
         ("method", method, method is None or method in known, f"one of {', '.join(known)}"),
         ("jobs", jobs, jobs is None or (isinstance(jobs, int) and jobs > 0), "a number of processes"),
+        ("gated", gated, isinstance(gated, bool), "true or false"),
     ):
         if not is_right:
             raise SaltInvocationError(f"{argument}: {value!r} is not {right}")
@@ -204,10 +249,14 @@ def run(version, method=None, jobs=None, kill=False, grace=None):
         changed = _put_right()
         current = __salt__["synapse_postgres.cluster"]()
         if current != f"{version}/main":
-            entry = _begin(current, f"{version}/main", method, jobs or os.cpu_count(), kill, grace)
+            jobs = jobs or os.cpu_count()
+            entry = _begin(current, f"{version}/main", method=method, jobs=jobs, kill=kill, grace=grace, gated=gated)
             _go_through(entry, "preflight")
             changed = True
-        entry = journal() or {}
+        elif "care" not in (served := _served() or {"care": []}):
+            _go_through({**served, "outcome": None}, "after-care")
+            changed = True
+        entry = _served() or {}
         return {
             "cluster": f"{version}/main",
             "changed": changed,
@@ -218,7 +267,7 @@ def run(version, method=None, jobs=None, kill=False, grace=None):
         }
 
 
-def preflight(version, method=None):
+def preflight(version, method=None, gated=False):
     """
     Do the first phase alone: see ``synapse_postgres.preflight``.
 
@@ -230,26 +279,27 @@ def preflight(version, method=None):
     """
     with _alone():
         _put_right()
-        entry = _begin(__salt__["synapse_postgres.cluster"](), f"{version}/main", method, os.cpu_count(), False, None)
+        current = __salt__["synapse_postgres.cluster"]()
+        if current == f"{version}/main":
+            raise CommandExecutionError(f"Synapse's data are on {current} already")
+        entry = _begin(
+            current, f"{version}/main", method=method, jobs=os.cpu_count(), kill=False, grace=None, gated=gated
+        )
         try:
             _enter(entry, "preflight")
             _preflight(entry)
         except BaseException as err:
             raise CommandExecutionError(_fail(entry, err)) from err
         _go_back(entry)
-        _remove_probes(entry)
         return {"cluster": entry["new"], "method": entry["method"], "settings_left_behind": entry["left_behind"]}
 
 
-def _begin(old, new, method, jobs, kill, grace):
+def _begin(old, new, **how):
     last = journal() or {}
     entry = {
         "old": old,
         "new": new,
-        "method": method,
-        "jobs": jobs,
-        "kill": kill,
-        "grace": grace,
+        **how,
         "phases": [],
         "progress": None,
         # Whether the new cluster was made, and whether the way back is gone.
@@ -260,9 +310,12 @@ def _begin(old, new, method, jobs, kill, grace):
         "outcome": None,
         "error": None,
     }
-    _write(journal_file(), entry)
-    with open(_reserve_file(), "wb") as reserve:
-        os.posix_fallocate(reserve.fileno(), 0, RESERVE)
+    try:
+        with open(_reserve_file(), "wb") as reserve:
+            os.posix_fallocate(reserve.fileno(), 0, RESERVE)
+        _write(journal_file(), entry)
+    except OSError as err:
+        raise CommandExecutionError(f"Not even the journal can be written: {err}") from err
     return entry
 
 
@@ -275,6 +328,7 @@ def _go_through(entry, first):
     except BaseException as err:
         # Also Ctrl-C, and the minion's SIGTERM.
         raise CommandExecutionError(_fail(entry, err)) from err
+    entry["error"] = None
     _end(entry, "done")
 
 
@@ -297,7 +351,19 @@ def _end(entry, outcome):
     _use_reserve()
     _leave(entry)
     entry.update(outcome=outcome, progress=None)
+    if outcome == "done":
+        _write(_served_file(), entry)
     _write(journal_file(), entry)
+
+
+def _served():
+    """The upgrade by which the data came to where they are; None if there was none."""
+    entry = _read(_served_file())
+    return entry if entry and entry["new"] == __salt__["synapse_postgres.cluster"]() else None
+
+
+def _leave_behind(cluster, data):
+    _write(_left_file(), {**(_read(_left_file()) or {}), cluster: data})
 
 
 def _use_reserve():
@@ -317,7 +383,9 @@ def _seconds(phase):
 def _tell(text):
     """Show progress to whoever runs this: on the console of salt-call, or by the master's event bus."""
     if __opts__.get("__cli") == "salt-call":
-        print(f"synapse_postgres: {text}", file=sys.stderr, flush=True)
+        # A console that is gone is no reason to fail, least of all on the way back.
+        with contextlib.suppress(OSError):
+            print(f"synapse_postgres: {text}", file=sys.stderr, flush=True)
     else:
         __salt__["event.fire_master"]({"text": text}, EVENT)
 
@@ -345,53 +413,81 @@ def _of(progress):
 
 def _fail(entry, err):
     """Undo what a phase did that failed; return a text that says all that an operator has to know."""
-    _use_reserve()
-    phase = _phase(entry)
-    said = f"The upgrade failed in the phase {phase}: {err or type(err).__name__}"
-    # A tool that can't write its log does not say so.
-    if entry["made"] and shutil.disk_usage(__salt__["synapse_cluster.existing"](entry["data"])).free < FULL:
-        said += f"\nThe file system of {entry['data']} is full."
-    entry["error"] = said
-    _write(journal_file(), entry)
-    if phase in SERVED:
-        return f"{said}\nSynapse runs on {entry['new']}, and users are served. The same command goes on from here."
-    if entry["final"]:
-        return (
-            f"{said}\nWith method link there is no way back once {entry['new']} was started. Synapse stays locked, and"
-            " users get 503. When the cause is mended, the same command goes on from here; else restore a backup."
-        )
-    try:
-        return f"{said}\nUndone: {_go_back(entry)}."
-    except Exception as worse:
-        return (
-            f"{said}\nTo go back failed as well: {worse}\nNo data of {entry['old']} are lost. When the cause is mended,"
-            " the same command puts it right."
-        )
+    with _undisturbed():
+        # Whatever still writes would take what the reserve gives.
+        __salt__["synapse_migration.end_tools"]()
+        phase = _phase(entry)
+        said = f"The upgrade failed in the phase {phase}: {_cause(err)}"
+        # A tool that can't write its log does not say so.
+        if entry["made"] and shutil.disk_usage(__salt__["synapse_cluster.existing"](entry["data"])).free < FULL:
+            said += f"\nThe file system of {entry['data']} is full."
+        _use_reserve()
+        entry["error"] = said
+        # The way back does without, and makes room.
+        with contextlib.suppress(OSError):
+            _write(journal_file(), entry)
+        if phase in SERVED:
+            return (
+                f"{said}\nSynapse runs on {entry['new']}, and users are served. The same command goes on from here;"
+                " salt-call synapse_postgres.rollback goes back all the same."
+            )
+        if entry["final"]:
+            return (
+                f"{said}\nWith method link there is no way back once {entry['new']} was started. Synapse stays locked, and"
+                " users get 503. When the cause is mended, the same command goes on from here; else restore a backup."
+            )
+        try:
+            return f"{said}\nUndone: {_go_back(entry)}."
+        except Exception as worse:
+            return (
+                f"{said}\nTo go back failed as well: {worse}\nNo data of {entry['old']} are lost. When the cause is mended,"
+                " the same command puts it right."
+            )
+
+
+def _cause(err):
+    # What a signal makes says nothing, or the number that salt-call would exit with.
+    return str(err) if str(err).strip("0123456789") else type(err).__name__
 
 
 def _go_back(entry):
     """From any phase before users are served by the new cluster, to the old one and a healthy Synapse."""
-    _use_reserve()
-    reached = entry.setdefault("back_from", _phase(entry))
-    _enter(entry, "back")
-    __salt__["synapse_migration.end_tools"]()
-    undone = []
-    touched = reached not in ("preflight", "stop")
-    if touched:
-        __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL goes back to {entry['old']}", kill=True)
-    if entry["made"]:
-        # First, as it may be what filled the disk.
-        __salt__["synapse_cluster.drop"](entry["new"], entry["data"])
-        undone.append(f"the cluster {entry['new']} is removed")
-    if touched:
-        __salt__["synapse_cluster.make_usable"](entry["old"])
-        _serve(entry, "old")
-        undone.append(f"PostgreSQL {entry['old']} serves, untouched")
-    if reached != "preflight" and (__salt__["synapse_maintenance.holder"]() or {"holder": HOLDER})["holder"] == HOLDER:
-        names = __salt__["synapse_process.start"](HOLDER)
-        undone.append(f"all {len(names)} processes of Synapse are healthy")
-    _end(entry, "rolled back")
-    return "; ".join(undone) or "nothing was done yet"
+    with _undisturbed():
+        __salt__["synapse_migration.end_tools"]()
+        _use_reserve()
+        reached = entry.setdefault("back_from", _phase(entry))
+        touched = reached not in ("preflight", "stop")
+        if reached in ("upgrade", "verify") and _is_ours():
+            # Before anything is written, as it may be what filled the disk. Nobody ever wrote to it.
+            _drop_new(entry)
+        with contextlib.suppress(OSError):
+            _enter(entry, "back")
+        if touched:
+            __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL goes back to {entry['old']}", kill=True)
+        undone = []
+        if entry["made"]:
+            _drop_new(entry)
+            undone.append(f"the cluster {entry['new']} is removed")
+        if touched:
+            __salt__["synapse_cluster.make_usable"](entry["old"])
+            _serve(entry, "old")
+            undone.append(f"PostgreSQL {entry['old']} serves, untouched")
+        if reached != "preflight" and (_is_ours() or not __salt__["synapse_maintenance.holder"]()):
+            names = __salt__["synapse_process.start"](HOLDER, force=True)
+            undone.append(f"all {len(names)} processes of Synapse are healthy")
+        _end(entry, "rolled back")
+        _try_to_remove_probes(entry)
+        return "; ".join(undone) or "nothing was done yet"
+
+
+def _drop_new(entry):
+    # First the record: no run could ask a cluster that is gone who is connected to it.
+    write_record(entry["old"])
+    __salt__["synapse_cluster.drop"](entry["new"], entry["data"])
+
+
+def _is_ours():
+    return (__salt__["synapse_maintenance.holder"]() or {}).get("holder") == HOLDER
 
 
 def _put_right():
@@ -419,7 +515,7 @@ def _is_open():
     return not __salt__["synapse_maintenance.holder"]() and not __salt__["synapse_maintenance.closed"]()
 
 
-def go_back(confirm=False, kill=False, grace=None):
+def go_back(confirm=False, kill=False, grace=None, gated=False):
     """
     Go back to the cluster of before the last upgrade: see ``synapse_postgres.rollback``.
 
@@ -430,15 +526,20 @@ def go_back(confirm=False, kill=False, grace=None):
         salt-call synapse_upgrade.go_back
     """
     with _alone():
-        if _put_right():
+        entry = journal() or {"outcome": "none"}
+        if not entry["outcome"] and _phase(entry) in SERVED:
+            # Users are served; what is left to do must not keep anybody from going back.
+            _open(entry)
+            _end(entry, "done")
+        elif _put_right():
             serves = __salt__["synapse_postgres.cluster"]()
             return {
                 "serves": serves,
                 "lost": "Nothing: the last run was cut off, and is put right now",
                 "changed": True,
             }
-        entry = journal()
-        if not entry or entry["outcome"] != "done":
+        entry = _served()
+        if not entry:
             raise CommandExecutionError("There is no upgrade to go back from")
         if entry["final"]:
             raise CommandExecutionError(
@@ -449,6 +550,9 @@ def go_back(confirm=False, kill=False, grace=None):
         lost = f"All that was written since {entry['served_since']} stays behind in {entry['new']}"
         if not confirm:
             return {"would_serve": entry["old"], "lost": f"{lost}. To do it: confirm=True", "changed": False}
+        ungated = _fault_of_gate(gated)
+        if ungated:
+            raise CommandExecutionError(ungated)
         # Those that were removed from the new cluster are still in the old one.
         entry.update(outcome=None, returning=True, kill=kill, grace=grace, probes=entry["met_on_old"])
         _return(entry)
@@ -464,24 +568,26 @@ def _return(entry):
         _serve(entry, "old")
         _start(entry)
         _check(entry)
-        __salt__["synapse_maintenance.open"]()
-        _remove_probes(entry)
+        _leave_behind(entry["new"], entry["data"])
+        entry["returning"] = False
+        _end(entry, "returned")
     except BaseException as err:
-        said = f"To go back to {entry['old']} failed: {err or type(err).__name__}"
-        entry.update(returning=False, error=said)
-        _serve_again(entry)
-        _end(entry, "done")
+        with _undisturbed():
+            said = f"To go back to {entry['old']} failed: {_cause(err)}"
+            entry.update(returning=False, error=said)
+            _serve_again(entry)
+            _end(entry, "done")
         raise CommandExecutionError(f"{said}\nSynapse runs on {entry['new']} as before.") from err
-    entry["returning"] = False
-    _end(entry, "returned")
+    # From here on users write to the old one, and nothing leads back to the new one.
+    __salt__["synapse_maintenance.open"]()
+    _try_to_remove_probes(entry)
 
 
 def _serve_again(entry):
-    held = __salt__["synapse_maintenance.holder"]()
-    if __salt__["synapse_postgres.cluster"]() != entry["new"] or (held and held["holder"] == HOLDER):
+    if __salt__["synapse_postgres.cluster"]() != entry["new"] or _is_ours():
         __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL stays on {entry['new']}", kill=True)
         _serve(entry, "new")
-        __salt__["synapse_process.start"](HOLDER)
+        __salt__["synapse_process.start"](HOLDER, force=True)
 
 
 def discard(cluster):
@@ -495,15 +601,22 @@ def discard(cluster):
         salt-call synapse_upgrade.discard 15/main
     """
     with _alone():
-        entry = journal() or {}
+        left = _read(_left_file()) or {}
         if cluster == __salt__["synapse_postgres.cluster"]():
             raise CommandExecutionError(f"{cluster} holds Synapse's data")
-        if cluster not in (entry.get("old"), entry.get("new")):
-            raise CommandExecutionError(f"{cluster} is no cluster that an upgrade left behind")
-        if not entry["outcome"]:
+        if _is_cut_off(journal()):
             raise CommandExecutionError("An upgrade did not come to its end: salt-call synapse_postgres.upgrade first")
-        data = entry["data"] if cluster == entry["new"] else entry["about"]["data"]
-        return __salt__["synapse_cluster.drop"](cluster, data)
+        if cluster not in left:
+            raise CommandExecutionError(f"{cluster} is no cluster that an upgrade left behind")
+        was_there = __salt__["synapse_cluster.drop"](cluster, left.pop(cluster))
+        _write(_left_file(), left)
+        return was_there
+
+
+def _is_cut_off(entry):
+    """Whether a run that nobody is at any more left something that nobody else may touch."""
+    # In the after-care users are served, and it can be done at any time.
+    return bool(entry) and not entry["outcome"] and _phase(entry) != "after-care"
 
 
 def fault():
@@ -517,7 +630,7 @@ def fault():
         salt-call synapse_upgrade.fault
     """
     entry = journal()
-    if entry is None or entry["outcome"]:
+    if entry is None or entry["outcome"] or not (running() or _is_cut_off(entry)):
         return None
     if running():
         return f"PostgreSQL is being moved from {entry['old']} to {entry['new']}: see salt-call synapse_postgres.status"
@@ -551,6 +664,8 @@ def status():
         lines.append(f"  {_of(entry['progress'])}")
     if entry["error"]:
         lines.append(entry["error"])
+    left = _read(_left_file()) or {}
+    lines += [f"Left behind: {name}, in {data}" for name, data in left.items() if os.path.isdir(data)]
     return "\n".join(lines)
 
 
@@ -559,7 +674,7 @@ def status():
 
 def _preflight(entry):
     """All that can be done while users are served, and all that can be found out."""
-    faults = _faults_of_synapse()
+    faults = _faults_of_synapse(entry["gated"])
     if faults:
         raise CommandExecutionError("; ".join(faults))
     old, new = entry["old"], entry["new"]
@@ -580,12 +695,12 @@ def _preflight(entry):
     if entry["method"] is None:
         clones = __salt__["synapse_migration.can_clone"](about["data"], data)
         entry["method"] = "clone" if clones else "copy"
-    faults = _faults_of_cluster(about, version, data, entry["method"])
+    faults = _faults_of_cluster(about, version, data, entry["method"]) or lagging_sequences(_asking(old))
     if faults:
         raise CommandExecutionError("; ".join(faults))
     spare, parking = __salt__["synapse_cluster.free_ports"](2)
     kept = {key: about[key] for key in ("version", "size", "port", "data")}
-    entry.update(about=kept, data=data, parking=parking, made=True)
+    entry.update(about=kept, data=data, spare=spare, parking=parking, made=True)
     _write(journal_file(), entry)
     entry["left_behind"] = __salt__["synapse_cluster.create"](new, about, spare)
     _tell("preflight: pg_upgrade --check")
@@ -596,14 +711,42 @@ def _preflight(entry):
 
 def _meet(entry):
     """Have a test user, who remains known until it is removed."""
-    entry["probes"].append(__salt__["synapse_probe.begin"]())
+    name = f"synapse-formula-{secrets.token_hex(6)}"
+    server_name = __salt__["synapse_pillar.settings"]()["server_name"]
+    # Before it is registered: it is an administrator.
+    entry["probes"].append({"user": f"@{name}:{server_name}", "room": None})
+    _write(journal_file(), entry)
+    entry["probes"][-1] = __salt__["synapse_probe.begin"](name)
     _write(journal_file(), entry)
 
 
-def _faults_of_synapse():
+def _fault_of_gate(gated):
+    """Without nginx of the formula's nobody here keeps users out until all is checked: what they wrote would be lost."""
+    if gated or __salt__["synapse_pillar.settings"]()["nginx"]["managed"]:
+        return None
+    return (
+        "synapse:nginx:managed: false: users would be let in before anything is checked, and what they wrote would be lost"
+        " if it fails. Have your own proxy keep them out until this has ended, and say so: gated=True"
+    )
+
+
+def _others_at_work():
+    """What else might start or stop things, or write, in the middle."""
+    states = [job["fun"] for job in __salt__["saltutil.is_running"]("state.*")]
+    if states:
+        yield f"Salt is at work here, let it end first: {', '.join(states)}"
+    restore = __salt__["synapse_backup.fault"]()
+    if restore:
+        yield restore
+    elif __salt__["synapse_backup.busy"]():
+        yield "A backup, its verification or a restore is running, let it end first"
+
+
+def _faults_of_synapse(gated):
     """What keeps Synapse from being stopped and started again."""
     settings = __salt__["synapse_pillar.settings"]()
-    faults = []
+    ungated = _fault_of_gate(gated)
+    faults = [*([ungated] if ungated else []), *_others_at_work()]
     held = __salt__["synapse_maintenance.fault"]()
     if held:
         faults.append(held)
@@ -675,15 +818,25 @@ def _stop(entry):
 
 
 def _upgrade(entry):
-    _write(_contents_file(), __salt__["synapse_migration.contents"](entry["old"], entry["method"]))
-    if entry["method"] == "dump":
+    old = entry["old"]
+    others = __salt__["synapse_cluster.query"](old, OTHERS)
+    entry["others"] = [f"{row['program'] or 'a nameless program'} on {row['datname']}" for row in others]
+    if others:
+        _tell(f"upgrade: these are cut off until the switch: {', '.join(entry['others'])}")
+    if others or entry["method"] == "dump":
         # Where nobody finds it who would go on writing to it.
-        __salt__["synapse_cluster.stop"](entry["old"])
-        __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
-        __salt__["synapse_cluster.start"](entry["old"])
-    __salt__["synapse_migration.move"](entry["old"], entry["new"], entry["method"], entry["jobs"], _progress(entry))
+        __salt__["synapse_cluster.stop"](old)
+        __salt__["synapse_cluster.place_at"](old, entry["parking"], "manual")
+        __salt__["synapse_cluster.start"](old)
+    _write(_contents_file(), __salt__["synapse_migration.contents"](old, entry["method"]))
+    if entry["method"] != "dump":
+        __salt__["synapse_cluster.stop"](old)
+        # Nor does anybody start it, in the middle of the copy.
+        __salt__["synapse_cluster.place_at"](old, entry["parking"], "disabled")
+    __salt__["synapse_migration.move"](old, entry["new"], entry["method"], entry["jobs"], _progress(entry))
     for cluster in ("old", "new"):
         __salt__["synapse_cluster.stop"](entry[cluster])
+    __salt__["synapse_cluster.place_at"](old, entry["parking"], "disabled")
 
 
 def _verify(entry):
@@ -691,19 +844,23 @@ def _verify(entry):
         # From its start on both share files, and only the new one may use them.
         entry["final"] = True
         _write(journal_file(), entry)
-    # Already where it shall serve, which spares a restart; but not by itself.
-    __salt__["synapse_cluster.place_at"](entry["old"], entry["parking"], "auto")
-    __salt__["synapse_cluster.place_at"](entry["new"], entry["about"]["port"], "manual")
+    # Already where it shall serve, which spares a restart; but not by itself, and not if others would find it there.
+    port = entry["spare"] if entry["others"] else entry["about"]["port"]
+    __salt__["synapse_cluster.place_at"](entry["new"], port, "manual")
     __salt__["synapse_cluster.start"](entry["new"])
     faults = __salt__["synapse_migration.differences"](
         _read(_contents_file()), __salt__["synapse_migration.contents"](entry["new"], entry["method"])
     )
-    database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
-    query = functools.partial(__salt__["synapse_cluster.query"], entry["new"], database=database)
-    faults += lagging_sequences(query)
+    faults += lagging_sequences(_asking(entry["new"]))
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise CommandExecutionError(f"The new cluster is not as the old one was: {'; '.join(faults[:10])}{more}")
+
+
+def _asking(cluster):
+    """What asks Synapse's database in a cluster."""
+    database = __salt__["synapse_pillar.settings"]()["postgres"]["database"]
+    return functools.partial(__salt__["synapse_cluster.query"], cluster, database=database)
 
 
 def lagging_sequences(ask):
@@ -713,9 +870,10 @@ def lagging_sequences(ask):
     ask
         A function that returns the rows of a query in the database, a dict for each.
     """
-    sequences = {row["name"]: int(row["value"]) for row in ask(SEQUENCES)}
     known = __salt__["synapse_pillar.knowledge"]()["sequences"]
+    # In this order, as Synapse may be at work, and a sequence only grows.
     positions = [(known.get(row["name"]), row["name"], int(row["position"])) for row in ask(POSITIONS)]
+    sequences = {row["name"]: int(row["value"]) for row in ask(SEQUENCES)}
     return [
         f"the sequence {sequence} is at {sequences[sequence]}, but the stream {stream} at {position}"
         for sequence, stream, position in positions
@@ -743,7 +901,7 @@ def _switch(entry):
 
 
 def _start(entry):
-    __salt__["synapse_process.start"](HOLDER, opened=False)
+    __salt__["synapse_process.start"](HOLDER, opened=False, force=True)
 
 
 def _check(entry):
@@ -753,6 +911,7 @@ def _check(entry):
 
 
 def _open(entry):
+    _leave_behind(entry["old"], entry["about"]["data"])
     __salt__["synapse_maintenance.open"]()
     entry["served_since"] = entry.get("served_since") or _now()
 
@@ -762,8 +921,18 @@ def _care(entry):
     _remove_probes(entry)
 
 
+def _try_to_remove_probes(entry):
+    """After all else is done: what can't be removed now is so by the next run."""
+    try:
+        _remove_probes(entry)
+    except (CommandExecutionError, OSError) as err:
+        _tell(f"the test users {', '.join(probe['user'] for probe in entry['probes'])} are still there: {err}")
+
+
 def _remove_probes(entry):
-    if entry["probes"] and not __salt__["synapse_probe.has_begun"]():
+    if not entry["probes"]:
+        return
+    if not __salt__["synapse_probe.has_begun"]():
         _meet(entry)
     __salt__["synapse_probe.end"](entry["probes"])
     entry["probes"] = []

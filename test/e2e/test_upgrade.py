@@ -106,10 +106,10 @@ class Site(Deployment):
             self.upgrade(**kwargs)
         return str(failed.value)
 
-    def interrupt(self, phase, number, file="-", **kwargs):
+    def interrupt(self, phase, number, file="-", function="upgrade", **kwargs):
         """Start an upgrade, and send it a signal in a phase; return its process id."""
-        words = [f"{name}={value}" for name, value in {"version": 18, **kwargs}.items()]
-        command = ["interrupt", phase, file, str(int(number)), "salt-call", "--local", "synapse_postgres.upgrade"]
+        words = [f"{name}={value}" for name, value in (kwargs or {"version": 18}).items()]
+        command = ["interrupt", phase, file, str(int(number)), "salt-call", "--local", f"synapse_postgres.{function}"]
         reached, pid = self.host.run(*command, *words).stdout.split()
         assert reached == phase
         return pid
@@ -126,7 +126,7 @@ class Site(Deployment):
         mounts = self.host.sh(f"grep --only-matching '{PROGRAMS}/[a-z_]*' /proc/mounts || true").stdout.split()
         for path in mounts:
             self.host.run("umount", "--lazy", path)
-        self.host.sh("rm -rf /run/systemd/system/matrix-synapse*.service.d; systemctl daemon-reload")
+        self.host.sh("rm -rf /run/systemd/system/{matrix-synapse*,postgresql@*}.service.d; systemctl daemon-reload")
         self.pillar = copy.deepcopy(PILLAR)
         self.write_pillar()
         with contextlib.suppress(FileNotFoundError, HostError):
@@ -143,7 +143,7 @@ class Site(Deployment):
 @pytest.fixture(scope="module")
 def site():
     """A host of these tests' own. KEEP_HOST=1 leaves it running."""
-    host = Host.up("synapse-upgrade")
+    host = Host.up(os.environ.get("UPGRADE_HOST", "synapse-upgrade"))
     site = Site(host)
     yield site
     if not os.environ.get("KEEP_HOST"):
@@ -336,23 +336,35 @@ def test_a_file_that_was_not_copied_whole_is_noticed(synapse, lying):
     assert "size public.event_json" in said
 
 
-def test_a_server_that_does_not_start_is_noticed(synapse):
-    """A library that only the old one has."""
+def test_a_library_that_only_the_old_one_has_is_found_before_anything_stops(synapse):
     file = "/etc/postgresql/15/main/conf.d/other.conf"
     synapse.host.write(file, "shared_preload_libraries = 'adminpack'\n")
     try:
         said = synapse.fails()
-        went_back(synapse, said, synapse.journal()["back_from"])
+        went_back(synapse, said, "preflight")
     finally:
         synapse.host.run("rm", file)
     assert "adminpack" in said
 
 
-def test_a_synapse_that_does_not_come_up_goes_back(synapse):
+def test_a_server_that_does_not_start_after_the_move_is_noticed(synapse, lying):
+    conf = "/etc/postgresql/18/main/postgresql.conf"
+    lying("pg_upgrade", f'$REAL "$@"\n[[ " $* " == *" --check "* ]] || echo "nonsense = 1" >>{conf}')
+    said = synapse.fails()
+    went_back(synapse, said, "verify")
+    assert "PostgreSQL 18/main does not start" in said
+    assert "nonsense" in said
+
+
+def starts_on_the_old_one_alone(synapse):
     """A worker that starts only while the data are on the old cluster."""
     only = f"[Service]\nExecStartPre=/usr/bin/grep --quiet {OLD} {DATA}/postgres.json\n"
     synapse.host.write(f"/run/systemd/system/{GENERIC}.service.d/only.conf", only)
     synapse.host.run("systemctl", "daemon-reload")
+
+
+def test_a_synapse_that_does_not_come_up_goes_back(synapse):
+    starts_on_the_old_one_alone(synapse)
     said = synapse.fails()
     went_back(synapse, said, "start")
     assert f"{GENERIC} did not become healthy" in said
@@ -381,10 +393,15 @@ AT_WORK = {"upgrade": "/run/matrix-synapse-postgres-upgrade"}
 
 def nothing_empty_runs(synapse, phase):
     """Whatever was cut off: no process of Synapse has another database than the old one, or the whole new one."""
-    assert synapse.cluster() == (OLD if PHASES.index(phase) < PHASES.index("switch") else synapse.cluster())
+    switched = PHASES.index(phase) - PHASES.index("switch")
+    assert synapse.cluster() in ((OLD,) if switched < 0 else (OLD, NEW) if switched == 0 else (NEW,))
     if phase in ("upgrade", "verify"):
         assert synapse.host.run("systemctl", "start", MAIN, check=False).returncode != 0
-        assert "synapse_postgres.upgrade holds the lock" in synapse.refused()
+        assert f"was cut off in the phase {phase}" in synapse.refused()
+    if phase in ("verify", "switch"):
+        # What users wrote to the new one now would be lost.
+        with pytest.raises(HostError, match=f"was cut off in the phase {phase}"):
+            synapse.host.salt("synapse_process.start", holder="synapse_postgres.upgrade")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -413,11 +430,46 @@ def test_a_loss_of_power_is_put_right_by_the_next_run(synapse, phase):
         assert is_on(synapse, OLD) == []
 
 
-def test_an_operator_who_gives_up_is_heeded(synapse):
-    """Ctrl-C."""
-    synapse.interrupt("verify", signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_operator_who_gives_up_is_heeded_once(synapse, number):
+    """Ctrl-C, or a terminal that goes away; and on the way back, whatever comes."""
+    pid = synapse.interrupt("verify", number)
+    until(lambda: synapse.journal()["phases"][-1]["name"] == "back", "it goes back", 60)
+    synapse.host.sh(f"kill -INT {pid}; kill -TERM {pid}; kill -HUP {pid}")
     until(lambda: synapse.journal()["outcome"], "it goes back by itself", 60)
+    until(lambda: synapse.host.run("kill", "-0", pid, check=False).returncode, "its process ends")
     went_back(synapse, synapse.host.read("/var/log/interrupted.log"), "verify")
+
+
+def test_a_way_back_that_is_killed_is_put_right_by_the_next(synapse):
+    """When the new cluster is gone, and the old one is not there yet."""
+    starts_on_the_old_one_alone(synapse)
+    slow = "[Service]\nExecStartPre=/bin/sh -c 'touch /run/old-starts; sleep 2'\n"
+    synapse.host.write("/run/systemd/system/postgresql@15-main.service.d/slow.conf", slow)
+    synapse.host.sh("rm -f /run/old-starts; systemctl daemon-reload")
+    synapse.interrupt("back", signal.SIGKILL, "/run/old-starts")
+    assert NEW not in synapse.clusters()
+    assert "was cut off in the phase back" in synapse.host.salt("synapse_postgres.fault")
+    assert synapse.host.salt("synapse_postgres.rollback")["changed"]
+    assert is_on(synapse, OLD) == []
+    assert synapse.journal()["probes"] == []
+
+
+def test_an_after_care_that_fails_keeps_nobody_from_going_back(synapse, lying):
+    host = synapse.host
+    lying("vacuumdb", '[[ " $* " != *" --analyze-in-stages "* ]] || exit 7\nexec $REAL "$@"')
+    said = synapse.fails()
+    assert "failed in the phase after-care" in said
+    assert "Synapse runs on 18/main, and users are served" in said
+    # Nothing is locked.
+    assert MAIN in host.salt("synapse_process.start")
+    foretold = host.salt("synapse_postgres.rollback")
+    assert (foretold["changed"], foretold["would_serve"]) == (False, OLD)
+    assert "failed in the phase after-care" in synapse.fails()
+    synapse.interrupt("return", signal.SIGKILL, function="rollback", confirm=True)
+    assert host.salt("synapse_postgres.rollback")["changed"]
+    assert is_on(synapse, OLD) == [NEW]
+    synapse.returned()
 
 
 # --- By each method ---------------------------------------------------------------------------------
@@ -425,15 +477,17 @@ def test_an_operator_who_gives_up_is_heeded(synapse):
 
 def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
     host = synapse.host
-    pid = synapse.interrupt("upgrade", signal.SIGSTOP)
+    # Somebody else in the same cluster.
+    host.sh(f"runuser -u postgres -- psql --cluster {OLD} --command 'select pg_sleep(600)' >/dev/null 2>&1 &")
+    pid = synapse.interrupt("stop", signal.SIGSTOP)
     assert "Another run is at work" in synapse.fails()
-    assert "PostgreSQL is being moved from 15/main to 18/main" in host.salt("synapse_postgres.fault")
-    assert "holds the lock" in synapse.refused()
+    assert "PostgreSQL is being moved from 15/main to 18/main" in synapse.refused()
     assert "at work" in host.salt("synapse_postgres.status")
     host.run("kill", "-CONT", pid)
     until(lambda: synapse.journal()["outcome"] == "done", "the first one comes to its end", 180)
     until(lambda: host.run("kill", "-0", pid, check=False).returncode, "its process ends")
     console = host.read("/var/log/interrupted.log")
+    assert "these are cut off until the switch: psql on postgres" in console
     assert "synapse_postgres: verify ..." in console
     assert is_on(synapse, NEW) == [OLD]
     synapse.talks()
@@ -448,6 +502,11 @@ def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
     synapse.pillar["postgres"]["version"] = 18
     assert synapse.apply() == {}
 
+    # What is asked for in vain takes no way back away.
+    with pytest.raises(HostError, match="data are on 18/main already"):
+        host.salt("synapse_postgres.preflight", version=18)
+    with pytest.raises(HostError, match="postgresql-99"):
+        host.salt("synapse_postgres.preflight", version=99)
     foretold = host.salt("synapse_postgres.rollback")
     assert not foretold["changed"]
     assert synapse.journal()["served_since"] in foretold["lost"]
@@ -583,7 +642,9 @@ def test_link_moves_everything_and_says_that_there_is_no_way_back(synapse):
     )
     until(synapse.all_healthy, "every process is healthy again", 120)
     # Before the new one was started, there is one.
-    synapse.interrupt("upgrade", signal.SIGKILL, "/var/lib/postgresql/15/main/global/pg_control.old", method="link")
+    synapse.interrupt(
+        "upgrade", signal.SIGKILL, "/var/lib/postgresql/15/main/global/pg_control.old", version=18, method="link"
+    )
     assert host.salt("synapse_postgres.rollback")["changed"]
     assert is_on(synapse, OLD) == []
     synapse.talks()

@@ -1,6 +1,14 @@
 """PostgreSQL's major upgrade: which cluster holds the data, what keeps a run from starting, what differs, what is told."""
 
+import contextlib
 import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -28,7 +36,10 @@ def clusters(minion, *majors, running=True, **databases):
 
 
 def journal(upgrade, **entry):
-    upgrade._write(upgrade.journal_file(), {**DONE, "progress": None, "error": None, "method": "copy", **entry})
+    whole = {**DONE, "progress": None, "error": None, "method": "copy", **entry}
+    upgrade._write(upgrade.journal_file(), whole)
+    if whole["outcome"] == "done":
+        upgrade._write(upgrade._served_file(), whole)
 
 
 def test_what_is_recorded_is_where_the_data_are_whatever_the_pillar_says(minion, upgrade):
@@ -124,6 +135,7 @@ def test_where_there_is_no_way_back_it_says_why(minion, upgrade, entry, said):
 
 def test_the_way_back_is_taken_on_request_only(minion, upgrade):
     clusters(minion, 15, 18)
+    upgrade.write_record("18/main")
     journal(upgrade, final=False, served_since="2026-11-24T03:00:00+00:00")
     found = minion.synapse_postgres.rollback()
     assert not found["changed"]
@@ -137,9 +149,112 @@ def test_the_way_back_is_taken_on_request_only(minion, upgrade):
 def test_only_what_an_upgrade_left_behind_can_be_discarded(minion, upgrade, cluster, said):
     clusters(minion, 15, 16, 18)
     upgrade.write_record("18/main")
-    journal(upgrade, data="/nowhere", about={"data": "/nowhere"})
+    upgrade._leave_behind("15/main", "/nowhere")
     with pytest.raises(CommandExecutionError, match=said):
         minion.synapse_postgres.discard_old(cluster)
+
+
+def test_what_was_tried_since_does_not_touch_the_way_back_nor_what_was_left_behind(minion, upgrade, tmp_path):
+    clusters(minion, 15, 18)
+    dropped = []
+    minion.salt["synapse_cluster.drop"] = lambda *cluster: dropped.append(cluster) or True
+    journal(upgrade, final=False, served_since="2026-11-24T03:00:00+00:00")
+    upgrade.write_record("18/main")
+    upgrade._leave_behind("15/main", str(tmp_path))
+    journal(upgrade, old="18/main", new="19/main", outcome="rolled back")
+    assert upgrade.status().endswith(f"Left behind: 15/main, in {tmp_path}")
+    assert minion.synapse_postgres.rollback()["would_serve"] == "15/main"
+    assert minion.synapse_postgres.discard_old("15/main")
+    assert dropped == [("15/main", str(tmp_path))]
+    with pytest.raises(CommandExecutionError, match="is no cluster that an upgrade left behind"):
+        minion.synapse_postgres.discard_old("15/main")
+
+
+def test_a_preflight_of_what_is_there_already_leaves_the_journal_alone(minion, upgrade):
+    clusters(minion, 15, 18)
+    upgrade.write_record("18/main")
+    journal(upgrade)
+    with pytest.raises(CommandExecutionError, match="data are on 18/main already"):
+        upgrade.preflight(18)
+    assert upgrade.journal()["outcome"] == "done"
+
+
+def test_an_after_care_that_was_cut_off_keeps_nobody_from_anything(minion, upgrade):
+    clusters(minion, 15, 18)
+    for phase, is_fault in (("check", True), ("open", True), ("after-care", False), ("back", True), ("return", True)):
+        journal(upgrade, outcome=None, phases=[{"name": phase, "began": upgrade._now(), "ended": None}])
+        assert bool(upgrade.fault()) == is_fault, phase
+
+
+def test_synapse_does_not_start_while_a_move_was_cut_off(minion, upgrade):
+    """Not even in the name of the move: what users would write to the new cluster would be lost on the way back."""
+    clusters(minion, 15, 18)
+    journal(upgrade, outcome=None, phases=[{"name": "verify", "began": upgrade._now(), "ended": None}])
+    with pytest.raises(CommandExecutionError, match="was cut off in the phase verify"):
+        minion.synapse_process.start(upgrade.HOLDER)
+
+
+def test_a_cluster_that_is_down_is_not_passed_over(minion, upgrade):
+    clusters(minion, 15, 18, running=False)
+    minion.run(minion.good_pillar({"postgres:version": 18}))
+    with pytest.raises(CommandExecutionError, match="15/main is down, so nobody can tell"):
+        minion.synapse_postgres.version()
+
+
+def test_a_proxy_of_the_operators_has_to_keep_users_out(minion, upgrade):
+    minion.run(minion.good_pillar({"nginx:managed": False}))
+    assert "synapse:nginx:managed: false" in upgrade._fault_of_gate(gated=False)
+    assert upgrade._fault_of_gate(gated=True) is None
+    minion.run(minion.good_pillar())
+    assert upgrade._fault_of_gate(gated=False) is None
+
+
+def test_nobody_gives_up_on_the_way_back(upgrade):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)]
+    with upgrade._alone():
+        with pytest.raises(SystemExit, match="its terminal was closed"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        with upgrade._undisturbed():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)] == before
+
+
+def test_a_console_that_is_gone_is_no_failure(upgrade, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setitem(upgrade.__opts__, "__cli", "salt-call")
+    with open(writer, "w", encoding="utf-8") as console:
+        monkeypatch.setattr(sys, "stderr", console)
+        upgrade._tell("it goes on")
+        with contextlib.suppress(BrokenPipeError):
+            console.close()
+
+
+def test_the_record_names_the_old_one_before_the_new_one_is_dropped(minion, upgrade):
+    upgrade.write_record("18/main")
+    minion.salt["synapse_cluster.drop"] = lambda name, data: seen.append((upgrade.record(), name))
+    seen = []
+    upgrade._drop_new({"old": "15/main", "new": "18/main", "data": "/nowhere"})
+    assert seen == [("15/main", "18/main")]
+
+
+def test_another_server_with_the_process_id_is_not_this_one(minion, tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    for directory in (data, other):
+        directory.mkdir()
+    program = pathlib.Path(shutil.copy(shutil.which("sleep"), tmp_path / "postgres"))
+    with subprocess.Popen([program, "60"], cwd=other) as server:
+        try:
+            # It gets its name a moment after it is there.
+            while pathlib.Path(f"/proc/{server.pid}/comm").read_text().strip() != "postgres":
+                time.sleep(0.01)
+            for directory in (data, other):
+                (directory / "postmaster.pid").write_text(f"{server.pid}\n")
+            assert not minion.synapse_cluster._runs(str(data))
+            assert minion.synapse_cluster._runs(str(other))
+        finally:
+            server.kill()
 
 
 def test_status_tells_how_far_it_is(minion, upgrade):
