@@ -3,6 +3,7 @@
 
         salt-run state.orchestrate synapse.orch.upgrade_postgres pillar='{"arguments": {"method": "dump"}}' -#}
 
-{%- from "synapse/orch/macros.jinja" import call_and_follow with context %}
+{%- from "synapse/orch/macros.jinja" import call_and_follow, fresh with context %}
 
+{{ fresh() }}
 {{ call_and_follow("Synapse's data are on the PostgreSQL of the pillar", "synapse_postgres.upgrade", "synapse/postgres/upgrade") }}
