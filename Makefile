@@ -5,8 +5,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 # pytest's exit status 5: there was no test to run
 pytest = $(PYTEST) $(1) || [ $$? -eq 5 ]
-# In the order of their names: the last one takes everything down.
-TWO_FILES_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# The file with the most tests comes first, and that with the fewest, which takes everything down, last.
+TWO_FILES_AT_A_TIME := --numprocesses 2 --dist loadfile
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-down test lint format test-unit test-functional test-e2e test-routes bench clean

@@ -455,7 +455,7 @@ def test_other_image_below_builds_again_and_none_does_not(engine, module, presen
 def test_failing_step_shows_its_output_and_changes_nothing(engine, present, compiled):
     good = present(settings("RUN echo good"))["changes"][CUSTOMIZED]["new"]
     before = everything(engine)
-    steps = "RUN echo unheard-of > /file\nRUN seq 1000 1040; echo it does not work >&2; exit 3\nRUN echo never"
+    steps = "RUN echo unheard-of > /file\nRUN seq 1000 1040; echo it does not work; exit 3\nRUN echo never"
     ret = present(settings(steps))
     assert (ret["result"], ret["changes"]) == (False, {})
     what, *output = ret["comment"].splitlines()
