@@ -200,7 +200,7 @@ def went_back(synapse, said, phase):
 
 def test_without_the_packages_it_does_not_begin(synapse):
     host = synapse.host
-    host.sh("apt-get -qq purge --yes postgresql-18 && mv /srv/packages/Packages /srv/packages/Packages.away")
+    host.sh("dpkg --purge postgresql-18 2>/dev/null; mv /srv/packages/Packages /srv/packages/Packages.away")
     before = synapse.starts()
     try:
         said = synapse.fails()
