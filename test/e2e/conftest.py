@@ -4,7 +4,7 @@ import copy
 import os
 
 import pytest
-from deployment import Deployment, until
+from deployment import Deployment, salt_run
 from host import Host
 
 # Small, but with every kind of process: one that serves clients, a sharded stream, an unsharded one, one that serves
@@ -68,14 +68,5 @@ def deployed(deployment):
 
 @pytest.fixture
 def master(deployed):
-    """``salt-run`` on a master whose only minion is this host; both end with the test."""
-    host = deployed.host
-    host.run("systemctl", "start", "salt-master", "salt-minion")
-
-    def run(*words, check=True):
-        return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
-
-    until(lambda: host.run("salt", "*", "test.ping", check=False).returncode == 0, "the minion is there", 120)
-    host.run("salt", "*", "saltutil.sync_all")
-    yield run
-    host.run("systemctl", "stop", "salt-minion", "salt-master")
+    with salt_run(deployed.host) as run:
+        yield run

@@ -1,5 +1,6 @@
 """The formula in a host, and the homeserver that it makes: what the end-to-end tests ask of both."""
 
+import contextlib
 import json
 import secrets
 import time
@@ -17,6 +18,27 @@ def until(condition, what, seconds=60):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.1)
     return value
+
+
+@contextlib.contextmanager
+def salt_run(host):
+    """``salt-run`` on a master whose only minion is this host, as a function of its words; both end afterwards."""
+    host.run("systemctl", "start", "salt-master", "salt-minion")
+
+    def run(*words, check=True):
+        return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
+
+    def answers(function):
+        # Orchestrations choose it by its pillar. An exit status of 0 may also say that there was nobody.
+        asked = host.run("salt", "--pillar", "synapse:server_name:*", function, "--out=json", check=False)
+        return asked.returncode == 0 and host.name in asked.stdout
+
+    try:
+        until(lambda: answers("test.ping"), "the minion is there, and its pillar known", 120)
+        until(lambda: answers("saltutil.sync_all"), "the minion has the modules", 120)
+        yield run
+    finally:
+        host.run("systemctl", "stop", "salt-minion", "salt-master")
 
 
 class Deployment:

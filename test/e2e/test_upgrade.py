@@ -8,7 +8,7 @@ import secrets
 import signal
 
 import pytest
-from deployment import MAIN, Deployment, until
+from deployment import MAIN, Deployment, salt_run, until
 from host import Host, HostError
 
 OLD, NEW = "15/main", "18/main"
@@ -569,18 +569,8 @@ def test_dump_moves_everything(synapse):
 
 @pytest.fixture
 def master(synapse):
-    """``salt-run`` on a master whose only minion is this host; both end with the test."""
-    host = synapse.host
-    host.run("systemctl", "start", "salt-master", "salt-minion")
-
-    def run(*words, check=True):
-        return host.run("salt-run", "--out=json", *words, check=check, timeout=600)
-
-    ping = ["salt", "--pillar", "synapse:server_name:*", "test.ping"]
-    until(lambda: host.run(*ping, check=False).returncode == 0, "the minion is there, and its pillar known", 120)
-    host.run("salt", "*", "saltutil.sync_all")
-    yield run
-    host.run("systemctl", "stop", "salt-minion", "salt-master")
+    with salt_run(synapse.host) as run:
+        yield run
 
 
 ORCHESTRATE = ("state.orchestrate", "synapse.orch.upgrade_postgres")
