@@ -751,7 +751,7 @@ def _is_number(value):
 
 def _terminate(grace):
     """Have everything end by SIGTERM; return what is left after the grace time."""
-    # The units' own `docker stop` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
+    # The units' own `ExecStop=` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
     # automatic restart meets the lock. A unit that was past the lock already shows up later.
     asked, deadline = set(), time.monotonic() + grace
     while (remaining := left(counted := _count())) and time.monotonic() < deadline:

@@ -94,8 +94,8 @@ def test_a_worker_that_all_know_of_leaves_before_the_others_restart(deployed):
     done = applied_exactly(deployed)
     assert restarted(deployed, before) == set(before) - {gone} == set(done[PROCESSES])
     journal = deployed.host.run("journalctl", "--since", now, "--output", "cat", "--unit", f"{gone}.service").stdout
-    assert "Stopped" in journal
-    assert "Started" not in journal
+    assert f"Stopped {gone}.service" in journal
+    assert f"Started {gone}.service" not in journal
 
 
 def test_the_order_of_the_pillar_changes_nothing(deployed):

@@ -528,10 +528,10 @@ def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
 def reflinks(synapse):
     """PostgreSQL's data on a file system that can share blocks."""
     host = synapse.host
-    move = """systemctl stop matrix-synapse postgresql
+    move = """systemctl stop matrix-synapse postgresql@15-main
         cp -a /var/lib/postgresql/. {target}
         {mount}
-        systemctl start postgresql matrix-synapse"""
+        systemctl start postgresql@15-main matrix-synapse"""
     host.sh(
         """truncate --size=1G /srv/xfs && mkfs.xfs -q /srv/xfs
         for number in $(seq 0 63); do test -e /dev/loop$number || mknod /dev/loop$number b 7 $number; done
@@ -543,11 +543,11 @@ def reflinks(synapse):
     yield
     synapse.mend()
     host.sh(
-        """systemctl stop matrix-synapse postgresql
+        """systemctl stop matrix-synapse postgresql@15-main
         mkdir -p /mnt/ext && mount --bind / /mnt/ext
         rm -rf /mnt/ext/var/lib/postgresql/15 && cp -a /var/lib/postgresql/15 /mnt/ext/var/lib/postgresql/
         umount /mnt/ext /var/lib/postgresql && rm /srv/xfs
-        systemctl start postgresql matrix-synapse"""
+        systemctl start postgresql@15-main matrix-synapse"""
     )
 
 

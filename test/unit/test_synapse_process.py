@@ -187,7 +187,7 @@ def test_no_unit_sleeps_or_starts_by_docker_exec(minion, process):
 def test_a_stop_has_a_grace_time_that_systemd_waits_for(minion, process):
     for grace in (1, 30, 3600):
         unit = directives(units(minion, {"process:stop_grace": grace})[FIRST]["text"])
-        assert unit["ExecStop"][0] == f"/usr/bin/docker stop --time {grace} {FIRST}"
+        assert unit["ExecStop"][0].endswith(f"http://localhost/containers/{FIRST}/stop?t={grace}")
         assert int(unit["TimeoutStopSec"][0]) > grace
 
 
