@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import signal
 import types
 
 import pytest
@@ -97,6 +98,16 @@ class Minion:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         path.chmod(0o640)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_usual():
+    """Whoever started the tests, as from `nohup` or a job in the background, may have them ignored."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
