@@ -489,7 +489,7 @@ def test_host_address_scheme_and_request_id_reach_synapse(nginx, uri):
     assert headers["X-Forwarded-For"] == sent["X-Forwarded-For"].split(",")[0]
     assert headers["X-Forwarded-Proto"] == "http"
     assert headers["X-Request-ID"] != "forged"
-    assert "Connection" not in headers
+    assert headers["Connection"] == "close"
 
 
 def test_a_proxy_in_front_is_believed_about_address_and_scheme(nginx):
