@@ -386,14 +386,15 @@ class Nginx(Front):
 
     def __init__(self, directory, kinds, **settings):
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
+        for side in ("public", "gate"):
+            (directory / side).mkdir(parents=True)
         seen = collections.Counter()
         self.processes = {}
         planned = []
         for kind in ["main", *kinds]:
             seen[kind] += 1
             name = f"{kind}.{seen[kind]}"
-            path = directory / f"{name}.sock"
+            path = directory / "public" / f"{name}.sock"
             self.processes[name] = Process(name, path)
             planned.append(
                 {
@@ -651,6 +652,24 @@ def test_a_process_without_a_peer_answers_as_soon_as_it_is_back(directory):
             assert headers["Access-Control-Allow-Origin"] == "*"
             nginx.processes["typing.1"] = nginx.processes["typing.1"].start_again()
             assert [nginx.who(*typing) for _ in range(5)] == ["typing.1"] * 5
+
+
+def test_for_a_process_without_a_peer_a_request_goes_to_the_gate(directory):
+    typing = "/_matrix/client/v3/rooms/!r:x/typing/@u:x"
+    with Nginx(directory / "gate", ["generic", "generic", "typing"]) as nginx:
+        gates = [
+            Process(f"gate of {name}", nginx.directory / "gate" / f"{name}.sock") for name in ("typing.1", "main.1")
+        ]
+        try:
+            nginx.processes["typing.1"].stop()
+            nginx.processes["main.1"].stop()
+            assert nginx.who("PUT", typing, body="{}") == "gate of typing.1"
+            assert nginx.who("GET", "/_matrix/client/v3/pushers") == "gate of main.1"
+            nginx.processes["typing.1"] = nginx.processes["typing.1"].start_again()
+            assert nginx.who("PUT", typing, body="{}") == "typing.1"
+        finally:
+            for gate in gates:
+                gate.stop()
 
 
 def test_while_the_switch_is_there_every_request_is_told_to_come_back(directory):
