@@ -719,14 +719,14 @@ def test_the_log_says_where_a_request_went_and_no_log_holds_a_token(directory):
             headers = {"Authorization": "Bearer SECRET"}
             status, _, _ = nginx.ask("PUT", "/_matrix/client/v3/rooms/!r/typing/@u?access_token=SECRET", headers)
             nginx.processes["typing.1"].stop()
-        (directory / "log/typing.1.sock").unlink()
+        (directory / "log/public/typing.1.sock").unlink()
         nginx.ask("PUT", "/_matrix/client/v3/rooms/!r/typing/@u?access_token=SECRET")
     assert status == 502
     lines = (directory / "log/matrix-synapse.access.log").read_text().splitlines()
     assert len(lines) == 3
     assert '"PUT /_matrix/client/v3/rooms/!r/typing/@u HTTP/1.1" 200' in lines[0]
-    assert f"via synapse_stream_typing to unix:{directory}/log/typing.1.sock: 200" in lines[0]
-    assert ": 502 " in lines[1]
+    assert f"via synapse_stream_typing to unix:{directory}/log/public/typing.1.sock: 200" in lines[0]
+    assert ": 502, 502 " in lines[1]
     assert not [log.name for log in (directory / "log").glob("*.log") if "SECRET" in log.read_text()]
 
 
