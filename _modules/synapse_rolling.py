@@ -74,7 +74,7 @@ def _check(names, drain, planned):
 def _restart(name, public_socket, drain):
     begin = time.monotonic()
     with shut(public_socket):
-        cut_off = _drain(name, public_socket, drain)
+        cut_off = _drain(public_socket, drain) if public_socket else 0
         drained = time.monotonic()
         __salt__["synapse_process.restart"](name)
     return {
@@ -120,34 +120,18 @@ def is_shut(path):
         return False
 
 
-def _drain(name, path, seconds):
+def _drain(path, seconds):
     """Wait until no request is in flight; return how many are after the time."""
-    if path is None:
-        return 0
-    deadline, pid = time.monotonic() + seconds, _pid(name)
-    while (left := _connections(pid, path)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds
+    while (left := _connections(path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
 
 
-def _pid(name):
-    """The process id of a container; None if it does not run."""
-    asked = __salt__["cmd.run_all"](
-        ["docker", "container", "inspect", "--format", "{{.State.Pid}}", name],
-        python_shell=False,
-        ignore_retcode=True,
-        output_loglevel="debug",
-    )
-    return None if asked["retcode"] else int(asked["stdout"]) or None
-
-
-def _connections(pid, path):
-    """How many connections a process has on a socket that it listens on, as its network namespace knows them."""
-    try:
-        rows = pathlib.Path(f"/proc/{pid}/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return 0
-    # Columns of proc(5): Num RefCount Protocol Flags Type St Inode Path
+def _connections(path):
+    """How many connections there are to a socket. The kernel lists them where the clients are, on this host: proc(5)."""
+    rows = pathlib.Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
+    # Num RefCount Protocol Flags Type St Inode Path
     return sum(row.split()[5] in CONNECTED and row.endswith(f" {path}") for row in rows[1:])
 
 

@@ -1,6 +1,5 @@
 """The rolling restart: sockets that are shut, requests that are counted, arguments that are none."""
 
-import os
 import pathlib
 import socket
 
@@ -53,12 +52,11 @@ def test_a_process_without_a_public_socket_has_nothing_to_shut(rolling, tmp_path
 
 def test_requests_in_flight_are_the_connections_of_the_socket(rolling, listener):
     with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
-        assert rolling._connections(os.getpid(), str(listener)) == 0
+        assert rolling._connections(str(listener)) == 0
         first.connect(str(listener))
         second.connect(str(listener))
         # Also those that are not accepted yet.
-        assert rolling._connections(os.getpid(), str(listener)) == 2
-    assert rolling._connections(None, str(listener)) == 0
+        assert rolling._connections(str(listener)) == 2
 
 
 @pytest.mark.parametrize(
