@@ -20,6 +20,9 @@ def context():
     ``nginx``
         Listeners, limits and answers.
 
+    ``gates``
+        The sockets where requests wait for a process that is about to be back.
+
     ``digest``
         A digest of all that makes the configuration: the running nginx is asked for it on ``nginx.status_socket``.
 
@@ -33,6 +36,7 @@ def context():
     plan = __salt__["synapse_workers.plan"]()
     known = {
         "plan": {key: plan[key] for key in ("upstreams", "routes", "public")},
+        "gates": [upstream["gate"] for upstream in plan["upstreams"] if upstream["gate"]],
         "nginx": {
             "client": settings["nginx"]["client"],
             "internal": __salt__["synapse_appservice.listen"](),

@@ -274,7 +274,8 @@ def pending():
         without them,
 
     ``restart``
-        names of what runs, but not with the inputs that it should, and of all that the main process takes along,
+        names of what runs, but not with the inputs that it should, or that a rolling restart took from nginx and did not
+        give back,
 
     ``start``
         names of what does not run, but should,
@@ -294,16 +295,15 @@ def pending():
     wanted = units()
     running = __salt__["synapse_pillar.settings"]()["process"]["running"]
     known, there = states(list(wanted)), containers()
+    sockets = {process["name"]: process["public_socket"] for process in __salt__["synapse_workers.plan"]()["processes"]}
+    shut = [name for name in wanted if __salt__["synapse_rolling.is_shut"](sockets[name])]
 
     def active(name):
         return known[name]["ActiveState"] in ("active", "reloading")
 
     enabled = [name for name in wanted if known[name]["UnitFileState"] == "enabled"]
     alive = [name for name in wanted if active(name) or known[name]["ActiveState"] == "activating"]
-    outdated = [name for name in alive if there.get(name, {}).get("inputs") != wanted[name]["inputs"]]
-    if MAIN in outdated:
-        # It takes them all along.
-        outdated = alive
+    outdated = [name for name in alive if there.get(name, {}).get("inputs") != wanted[name]["inputs"] or name in shut]
     return {
         "write": [name for name, unit in wanted.items() if _text(name) != unit["text"]],
         "enable": [name for name in wanted if name not in enabled] if running else [],
@@ -345,20 +345,52 @@ def apply(todo):
     for verb in ("enable", "disable", "stop"):
         if todo[verb]:
             _systemctl(verb, *_services(todo[verb]))
-    restart = todo["restart"]
-    if MAIN in restart:
-        # It takes along the workers that run, and starts all that are enabled: not those that are about to go.
-        restart = [MAIN]
+    together = _restarts_together(todo)
+    if together:
+        # Main takes along the workers that run, and starts all that are enabled: not those that are about to go.
         leaving = [name for name in present() if name not in wanted and _text(name)]
         if leaving:
             _systemctl("disable", "--now", *_services(leaving))
-    start = [name for name in wanted if name in todo["start"] or (MAIN in restart and name != MAIN)]
-    failed = []
-    for verb, names in (("restart", restart), ("start", start)):
-        if names and _systemctl_result(verb, *_services(names))["retcode"] != 0:
-            failed += [name for name in names if states([name])[name]["ActiveState"] != "active"]
+        _run_units("restart", [MAIN])
+    elif todo["restart"]:
+        __salt__["synapse_rolling.restart"](todo["restart"])
+    _run_units("start", [name for name in wanted if name in todo["start"] or (together and name != MAIN)])
+
+
+def _restarts_together(todo):
+    """Whether something changed that all share: processes that know it and others that don't must not run side by side."""
+    workers = [name for name in units() if name != MAIN]
+    changed = [name for name in workers if name in todo["restart"] or name in todo["start"]]
+    return MAIN in todo["restart"] and workers and changed == workers
+
+
+def _run_units(verb, names):
+    """Have systemd start or restart units, all together, and wait until they are healthy."""
+    if not names or _systemctl_result(verb, *_services(names))["retcode"] == 0:
+        return
+    failed = [name for name in names if states([name])[name]["ActiveState"] != "active"]
     if failed:
-        raise CommandExecutionError("\n".join(_obituary(name) for name in dict.fromkeys(failed)))
+        raise CommandExecutionError("\n".join(_obituary(name) for name in failed))
+
+
+def restart(name):
+    """
+    Restart one process, and wait until it is healthy; the main process without its workers.
+
+    name
+        The process's name.
+
+    Raises CommandExecutionError if it does not become healthy, with the end of its journal.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.restart matrix-synapse-worker-0-generic
+    """
+    # systemd would take the workers along: systemctl(1), --job-mode=.
+    if _systemctl_result("--job-mode=ignore-dependencies", "restart", *_services([name]))["retcode"] != 0:
+        raise CommandExecutionError(_obituary(name))
 
 
 def _reload_is_due():

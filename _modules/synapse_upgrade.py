@@ -18,7 +18,6 @@ import pathlib
 import secrets
 import shutil
 import signal
-import sys
 import threading
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -381,13 +380,7 @@ def _seconds(phase):
 
 
 def _tell(text):
-    """Show progress to whoever runs this: on the console of salt-call, or by the master's event bus."""
-    if __opts__.get("__cli") == "salt-call":
-        # A console that is gone is no reason to fail, least of all on the way back.
-        with contextlib.suppress(OSError):
-            print(f"synapse_postgres: {text}", file=sys.stderr, flush=True)
-    else:
-        __salt__["event.fire_master"]({"text": text}, EVENT)
+    __salt__["synapse_progress.tell"](EVENT, text)
 
 
 def _progress(entry):

@@ -458,8 +458,8 @@ def routing(processes, routes_data, version):
     Return what nginx needs to send each request to a process that can answer it, as a dict of
 
     ``upstreams``
-        A list, main's first. Each has ``name``, ``balance`` (``user``, ``room``, ``origin`` or None) and ``servers``, the
-        sockets of its processes.
+        A list, main's first. Each has ``name``, ``balance`` (``user``, ``room``, ``origin`` or None), ``servers``, the
+        sockets of its processes, and ``gate``, the socket where requests wait if there is but one of them (or None).
 
     ``routes``
         A list in the order of precedence. Each has ``match``, a regular expression over ``METHOD:/raw/path``, and
@@ -479,7 +479,7 @@ def routing(processes, routes_data, version):
         The release of Synapse, such as ``v1.163.2``; one that is no number is newer than all.
     """
     main = next(process["public_socket"] for process in processes if process["type"] == "main")
-    upstreams = {MAIN_UPSTREAM: {"name": MAIN_UPSTREAM, "balance": None, "servers": [main]}}
+    upstreams = {MAIN_UPSTREAM: {"name": MAIN_UPSTREAM, "balance": None, "servers": [main], "gate": _gate([main])}}
     found = []
     for route, match in matches(routes_data, version):
         upstream = _upstream(route, processes) or upstreams[MAIN_UPSTREAM]
@@ -527,8 +527,17 @@ def _upstream(route, processes):
             # There is nothing to balance over one process, and one process should have one pool of connections.
             balance = route.get("balance") if len(servers) > 1 else None
             words = ["synapse", "stream" if key == "stream" else None, owner.replace("-", "_"), balance]
-            return {"name": "_".join(filter(None, words)), "balance": balance, "servers": servers}
+            name = "_".join(filter(None, words))
+            return {"name": name, "balance": balance, "servers": servers, "gate": _gate(servers)}
     return None
+
+
+def _gate(servers):
+    """Where requests wait for a process without peers: see ``synapse/nginx/files/gate.py``."""
+    if len(servers) > 1:
+        return None
+    path = pathlib.PurePath(servers[0])
+    return str(path.parents[1] / "gate" / path.name)
 
 
 def _methods(methods):

@@ -13,3 +13,18 @@ nginx runs without Synapse:
   cmd.run:
     - name: systemctl daemon-reload && systemctl reload-or-restart nginx
     - onlyif: systemctl is-active --quiet nginx
+
+The gate is closed:
+  cmd.run:
+    - name: systemctl stop synapse-gate.socket synapse-gate.service
+    - onlyif: systemctl is-active --quiet synapse-gate.socket
+    - require:
+      - cmd: nginx runs without Synapse
+{%- for unit in ("socket", "service") %}
+
+The gate's {{ unit }} is gone:
+  file.absent:
+    - name: /etc/systemd/system/synapse-gate.{{ unit }}
+    - require:
+      - cmd: The gate is closed
+{%- endfor %}

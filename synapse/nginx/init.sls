@@ -23,13 +23,26 @@ nginx starts after Docker:
     - contents: |
         # Written by synapse-formula.
         [Unit]
-        Wants=docker.service
-        After=docker.service
+        Wants=docker.service synapse-gate.socket
+        After=docker.service synapse-gate.socket
         [Service]
         # A socket that a crash left behind would keep nginx from starting.
         ExecStartPre=-/usr/bin/rm --force {{ context.nginx.status_socket }} {{ context.nginx.back_door }}
     - mode: "0644"
     - makedirs: true
+
+{%- for unit in ("socket", "service") %}
+
+The gate's {{ unit }} is declared:
+  file.managed:
+    - name: /etc/systemd/system/synapse-gate.{{ unit }}
+    - source: salt://synapse/nginx/files/gate.{{ unit }}.jinja
+    - template: jinja
+    - context: {{ {"gates": context.gates, "user": synapse.nginx.user} | json }}
+    - mode: "0644"
+    - require_in:
+      - cmd: nginx runs with this configuration
+{%- endfor %}
 
 nginx is configured for Synapse:
   file.managed:
@@ -52,7 +65,7 @@ nginx is configured for Synapse:
 nginx runs with this configuration:
   cmd.run:
     - name: /usr/local/lib/matrix-synapse/load-nginx {{ context.nginx.status_socket }} {{ context.digest }}
-    - unless: test "$(curl --silent --unix-socket {{ context.nginx.status_socket }} http://localhost/config)" = {{ context.digest }}
+    - unless: /usr/local/lib/matrix-synapse/load-nginx --check {{ context.nginx.status_socket }} {{ context.digest }}
     - require:
       - file: nginx is configured for Synapse
       - file: nginx starts after Docker
@@ -63,12 +76,12 @@ nginx starts at boot:
     - require:
       - pkg: nginx is installed
 
-{%- for helper in ("check-nginx", "load-nginx") %}
+{%- for helper in ("check-nginx.sh", "load-nginx.sh", "gate.py") %}
 
 The helper {{ helper }} is in place:
   file.managed:
-    - name: /usr/local/lib/matrix-synapse/{{ helper }}
-    - source: salt://synapse/nginx/files/{{ helper }}.sh
+    - name: /usr/local/lib/matrix-synapse/{{ helper.partition(".")[0] }}
+    - source: salt://synapse/nginx/files/{{ helper }}
     - mode: "0755"
     - makedirs: true
     - require_in:

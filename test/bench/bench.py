@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "host"))
+sys.path[:0] = [str(HERE.parent / "host"), str(HERE.parent / "e2e")]
 
+from deployment import Deployment, User, quote  # noqa: E402
 from host import Host, progress  # noqa: E402
+from load import Load  # noqa: E402
 
 RESULTS = HERE / "results.json"
 MAIN = "matrix-synapse"
@@ -40,6 +42,25 @@ FIGURES = {
     "noop_ratio_16": ("apply with 16 workers over test.ping", 4),
     "noop_ms_per_worker": ("for each further worker, from 16 to 256", 5),
     **{
+        f"{request}_{way}_{what}": (f"{request} {about}: {unit}", None)
+        for request in ("versions", "sync", "send")
+        for way, about in (
+            ("unix", "through nginx and a Unix socket"),
+            ("tcp", "through nginx, TCP on a Docker network and its name server"),
+            ("direct", "of the process itself"),
+        )
+        for what, unit in (
+            ("p50", "milliseconds, median"),
+            ("p99", "milliseconds, 99 of 100"),
+            ("rps", "requests per second, eight clients"),
+        )
+    },
+    "nginx_added_ms_p50": ("what nginx adds to versions at the median, milliseconds", 0.3),
+    "unix_over_tcp_rps": ("requests per second by Unix socket over those by TCP, versions", 1),
+    "nginx_reload_256_s": ("reload of nginx with 256 workers, until it answers with the new configuration", 0.5),
+    "rolling_sent_requests": ("requests sent during a rolling restart of all processes", None),
+    "rolling_failed_requests": ("those of them that failed", 0),
+    **{
         f"downtime_{method}_{size}_s": (f"PostgreSQL upgrade by {method}, {about}: seconds without service", None)
         for size, about in (("100m", "100 MB"), ("1g", "1 GB"), ("4g", "4 GB"))
         for method in ("link", "copy", "dump")
@@ -58,7 +79,7 @@ FIGURES = {
 }
 
 # Of these the goal is the least, not the most.
-AT_LEAST = {"downtime_dump_over_default_4g"}
+AT_LEAST = {"downtime_dump_over_default_4g", "unix_over_tcp_rps"}
 
 
 class Bench:
@@ -149,6 +170,100 @@ def bench_apply(bench):
     return found
 
 
+# For clients outside of the host that register, and ask as much as they can.
+OPEN = {
+    "nginx": {"client": {"listen": ["8008"]}},
+    "config": {
+        "enable_registration": True,
+        "enable_registration_without_verification": True,
+        **{name: {"per_second": 10000, "burst_count": 10000} for name in ("rc_message", "rc_registration")},
+    },
+}
+# nginx of the host, in a container on Synapse's network.
+TCP_NGINX = """
+user root; pid /tmp/tcp.pid; daemon off; worker_processes 2; error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    resolver 127.0.0.11;
+    server {{
+        listen 8009;
+        set $worker {worker};
+        location / {{ proxy_pass http://$worker:8083; proxy_http_version 1.1; proxy_set_header Host $http_host; }}
+    }}
+}}
+"""
+
+
+def bench_nginx(bench):
+    """What a request costs by nginx and a Unix socket, beside nginx and TCP, and beside the process itself."""
+    host, worker = bench.host, f"{MAIN}-worker-0-generic"
+    workers = {"list": [{"type": "generic"}, {"type": "stream-writer", "stream": "typing"}]}
+    bench.apply(workers, **OPEN)
+    # The same process listens at a TCP port besides.
+    host.run("cp", f"/etc/matrix-synapse/workers/{worker}.yaml", "/root/worker.yaml")
+    listener = "{port: 8083, bind_addresses: [0.0.0.0], type: http, x_forwarded: true, resources: [{names: [client]}]}"
+    host.sh(f"sed -i 's/^worker_listeners:.*/&\\n- {listener}/' /etc/matrix-synapse/workers/{worker}.yaml")
+    host.write("/root/tcp.conf", TCP_NGINX.format(worker=worker))
+    host.sh(
+        f"""systemctl restart {worker}
+        image=$(docker inspect --format '{{{{.Config.Image}}}}' {worker})
+        docker run --detach --name tcp-nginx --network matrix-synapse --volume /:/host --user 0 --entrypoint chroot \
+          "$image" /host nginx -c /root/tcp.conf"""
+    )
+    address = host.run(
+        "docker", "inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", "tcp-nginx"
+    )
+    alice = User(Deployment(host, {}).url, "alice")
+    room = quote(alice.room())
+    alice.sync()
+    given = {
+        "ways": {
+            "unix": "127.0.0.1:8008",
+            "tcp": f"{address.stdout.strip()}:8009",
+            "direct": f"/run/matrix-synapse/public/{worker}.sock",
+        },
+        "requests": {
+            "versions": ["GET", "/_matrix/client/versions", None],
+            "sync": ["GET", f"/_matrix/client/v3/sync?timeout=0&since={alice.since}", alice.token],
+            "send": [
+                "PUT",
+                f"/_matrix/client/v3/rooms/{room}/send/m.room.message/UNIQUE",
+                alice.token,
+                '{"msgtype": "m.text", "body": "hello"}',
+            ],
+        },
+    }
+    host.write("/root/requests.json", json.dumps(given), mode="0600")
+    progress("requests by three ways")
+    measured = bench.probe("requests", "/root/requests.json")
+    host.sh(f"docker rm --force tcp-nginx; mv /root/worker.yaml /etc/matrix-synapse/workers/{worker}.yaml")
+    found = {
+        f"{key.replace(' ', '_')}_{what}": value for key, values in measured.items() for what, value in values.items()
+    }
+    progress("reload of nginx with 256 workers")
+    bench.apply({"list": [{"type": "generic", "count": 256}]}, running=False)
+    return {
+        **found,
+        "nginx_added_ms_p50": found["versions_unix_p50"] - found["versions_direct_p50"],
+        "unix_over_tcp_rps": found["versions_unix_rps"] / found["versions_tcp_rps"],
+        "nginx_reload_256_s": statistics.median(
+            bench.probe("reload-nginx", f"{number:064}") for number in range(ROUNDS)
+        ),
+    }
+
+
+def bench_requests(bench):
+    """Clients that don't stop asking, during a rolling restart of main and all 16 workers."""
+    bench.apply({"preset": "one-of-each"}, **OPEN)
+    progress("a rolling restart under load")
+    with Load(Deployment(bench.host, {})) as load:
+        bench.host.salt("synapse_rolling.restart")
+    for failure in load.failed:
+        print(failure, file=sys.stderr)
+    return {"rolling_sent_requests": load.sent, "rolling_failed_requests": len(load.failed)}
+
+
 # Rows of event_json, about 1.4 kB each with their index.
 DOWNTIME_ROWS = {"100m": 70_000, "1g": 720_000, "4g": 2_900_000}
 
@@ -189,6 +304,8 @@ SECTIONS = {
     "ready": bench_ready,
     "memory": bench_memory,
     "apply": bench_apply,
+    "nginx": bench_nginx,
+    "requests": bench_requests,
     "downtime": bench_downtime,
 }
 

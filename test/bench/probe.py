@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -297,7 +298,76 @@ def upgrade_by_hand(method):
     return seconds
 
 
+def connection_to(way):
+    """An HTTP connection: to a Unix socket where it begins with a slash, else to HOST:PORT."""
+    connection = http.client.HTTPConnection(way if way[0] != "/" else "localhost", timeout=30)
+    if way[0] == "/":
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(way)
+    return connection
+
+
+def ask_on(connection, method, path, token, body=None):
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    connection.request(method, path.replace("UNIQUE", os.urandom(8).hex()), body, headers)
+    answer = connection.getresponse()
+    answer.read()
+    assert answer.status == 200, f"{method} {path}: {answer.status}"
+
+
+def ask_again_and_again(way, seconds, durations, *request):
+    connection, end = connection_to(way), time.monotonic() + seconds
+    while (begin := time.monotonic()) < end:
+        ask_on(connection, *request)
+        durations.append((time.monotonic() - begin) * 1000)
+
+
+def requests(file):
+    """
+    Milliseconds of a request, and requests per second of eight clients, for each of several requests and ways. The file holds
+    {"ways": {NAME: WAY}, "requests": {NAME: [METHOD, PATH, TOKEN, BODY]}}.
+    """
+    with open(file) as opened:
+        given = json.load(opened)
+    found = {}
+    for request, way in itertools.product(given["requests"], given["ways"]):
+        found[f"{request} {way}"] = {"ms": [], "rps": []}
+    # All ways in turn, so that each has its share of the machine's good and bad moments.
+    for _ in range(5):
+        for key in found:
+            request, way = key.split()
+            arguments = given["requests"][request]
+            ask_again_and_again(given["ways"][way], 1.5, found[key]["ms"], *arguments)
+            many = [[] for _ in range(8)]
+            threads = [
+                threading.Thread(target=ask_again_and_again, args=(given["ways"][way], 2, mine, *arguments))
+                for mine in many
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            found[key]["rps"].append(sum(map(len, many)) / 2)
+    return {
+        key: {
+            "p50": statistics.median(measured["ms"]),
+            "p99": statistics.quantiles(measured["ms"], n=100)[98],
+            "rps": statistics.median(measured["rps"]),
+        }
+        for key, measured in found.items()
+    }
+
+
+def reload_nginx(digest):
+    """Seconds until nginx answers with a configuration that has another digest."""
+    file = "/etc/nginx/conf.d/matrix-synapse.conf"
+    run("sed", "--in-place", f's/return 200 "[0-9a-f]*"/return 200 "{digest}"/', file)
+    return timed(lambda: run("/usr/local/lib/matrix-synapse/load-nginx", f"{RUN}/nginx/status.sock", digest))
+
+
 PROBES = {
+    "requests": requests,
+    "reload-nginx": reload_nginx,
     "start-units": start_units,
     "start-containers": start_containers,
     "restart-one-by-one": restart_one_by_one,

@@ -488,7 +488,7 @@ def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
     until(lambda: host.run("kill", "-0", pid, check=False).returncode, "its process ends")
     console = host.read("/var/log/interrupted.log")
     assert "these are cut off until the switch: psql on postgres" in console
-    assert "synapse_postgres: verify ..." in console
+    assert "synapse/postgres/upgrade: verify ..." in console
     assert is_on(synapse, NEW) == [OLD]
     synapse.talks()
 
@@ -582,7 +582,10 @@ def test_a_master_upgrades_it_and_shows_how_far_it_is(synapse, master):
     done = master(*ORCHESTRATE)
     assert is_on(synapse, NEW) == [OLD]
     for phase in PHASES:
-        assert f"synapse_postgres: {phase} ..." in done.stderr or f"{synapse.host.name}: {phase} ..." in done.stderr
+        assert (
+            f"synapse/postgres/upgrade: {phase} ..." in done.stderr
+            or f"{synapse.host.name}: {phase} ..." in done.stderr
+        )
     synapse.talks()
     assert json.loads(master(*ORCHESTRATE).stdout)["retcode"] == 0
     assert is_on(synapse, NEW) == [OLD]

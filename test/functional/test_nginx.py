@@ -386,14 +386,15 @@ class Nginx(Front):
 
     def __init__(self, directory, kinds, **settings):
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
+        for side in ("public", "gate"):
+            (directory / side).mkdir(parents=True)
         seen = collections.Counter()
         self.processes = {}
         planned = []
         for kind in ["main", *kinds]:
             seen[kind] += 1
             name = f"{kind}.{seen[kind]}"
-            path = directory / f"{name}.sock"
+            path = directory / "public" / f"{name}.sock"
             self.processes[name] = Process(name, path)
             planned.append(
                 {
@@ -489,7 +490,7 @@ def test_host_address_scheme_and_request_id_reach_synapse(nginx, uri):
     assert headers["X-Forwarded-For"] == sent["X-Forwarded-For"].split(",")[0]
     assert headers["X-Forwarded-Proto"] == "http"
     assert headers["X-Request-ID"] != "forged"
-    assert "Connection" not in headers
+    assert headers["Connection"] == "close"
 
 
 def test_a_proxy_in_front_is_believed_about_address_and_scheme(nginx):
@@ -653,6 +654,24 @@ def test_a_process_without_a_peer_answers_as_soon_as_it_is_back(directory):
             assert [nginx.who(*typing) for _ in range(5)] == ["typing.1"] * 5
 
 
+def test_for_a_process_without_a_peer_a_request_goes_to_the_gate(directory):
+    typing = "/_matrix/client/v3/rooms/!r:x/typing/@u:x"
+    with Nginx(directory / "gate", ["generic", "generic", "typing"]) as nginx:
+        gates = [
+            Process(f"gate of {name}", nginx.directory / "gate" / f"{name}.sock") for name in ("typing.1", "main.1")
+        ]
+        try:
+            nginx.processes["typing.1"].stop()
+            nginx.processes["main.1"].stop()
+            assert nginx.who("PUT", typing, body="{}") == "gate of typing.1"
+            assert nginx.who("GET", "/_matrix/client/v3/pushers") == "gate of main.1"
+            nginx.processes["typing.1"] = nginx.processes["typing.1"].start_again()
+            assert nginx.who("PUT", typing, body="{}") == "typing.1"
+        finally:
+            for gate in gates:
+                gate.stop()
+
+
 def test_while_the_switch_is_there_every_request_is_told_to_come_back(directory):
     with Nginx(directory / "closed", ["generic"]) as nginx:
         switch = pathlib.Path(nginx.settings["maintenance_switch"])
@@ -700,14 +719,14 @@ def test_the_log_says_where_a_request_went_and_no_log_holds_a_token(directory):
             headers = {"Authorization": "Bearer SECRET"}
             status, _, _ = nginx.ask("PUT", "/_matrix/client/v3/rooms/!r/typing/@u?access_token=SECRET", headers)
             nginx.processes["typing.1"].stop()
-        (directory / "log/typing.1.sock").unlink()
+        (directory / "log/public/typing.1.sock").unlink()
         nginx.ask("PUT", "/_matrix/client/v3/rooms/!r/typing/@u?access_token=SECRET")
     assert status == 502
     lines = (directory / "log/matrix-synapse.access.log").read_text().splitlines()
     assert len(lines) == 3
     assert '"PUT /_matrix/client/v3/rooms/!r/typing/@u HTTP/1.1" 200' in lines[0]
-    assert f"via synapse_stream_typing to unix:{directory}/log/typing.1.sock: 200" in lines[0]
-    assert ": 502 " in lines[1]
+    assert f"via synapse_stream_typing to unix:{directory}/log/public/typing.1.sock: 200" in lines[0]
+    assert ": 502, 502 " in lines[1]
     assert not [log.name for log in (directory / "log").glob("*.log") if "SECRET" in log.read_text()]
 
 

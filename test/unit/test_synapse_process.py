@@ -459,3 +459,34 @@ def test_a_process_that_does_not_answer_is_not_healthy(process, listener, tmp_pa
     assert process.healthy(str(tmp_path / "none")) is False
     os.unlink(listener.path)
     assert process.healthy(listener.path) is False
+
+
+@pytest.mark.parametrize(
+    ("outdated", "together"),
+    [([MAIN], False), ([FIRST], False), ([FIRST, SECOND], False), ([MAIN, FIRST], False), (NAMES, True)],
+)
+def test_only_what_all_share_restarts_them_together(minion, process, host, outdated, together):
+    asked, rolled = [], []
+
+    def run_all(command, **kwargs):
+        if command[0] == "docker" or command[1] in ("show", "list-units"):
+            return host(command)
+        asked.append(command)
+        return {"retcode": 0, "stdout": "", "stderr": ""}
+
+    minion.salt["cmd.run_all"] = run_all
+    minion.salt["synapse_rolling.restart"] = rolled.append
+    for name in outdated:
+        host.inputs[name] = "others"
+    todo = process.pending()
+    assert todo == {**NOTHING, "restart": outdated}
+    process.apply(todo)
+    workers = [["systemctl", "start", f"{FIRST}.service", f"{SECOND}.service"]]
+    assert asked == ([["systemctl", "restart", f"{MAIN}.service"], *workers] if together else [])
+    assert rolled == ([] if together else [outdated])
+
+
+def test_what_a_rolling_restart_did_not_give_back_is_restarted(minion, process, host):
+    shut = next(it["public_socket"] for it in minion.synapse_workers.plan()["processes"] if it["name"] == FIRST)
+    minion.salt["synapse_rolling.is_shut"] = lambda path: path == shut
+    assert process.pending() == {**NOTHING, "restart": [FIRST]}

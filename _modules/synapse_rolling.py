@@ -1,0 +1,139 @@
+"""
+The rolling restart: Synapse's processes one after the other, while users are served.
+
+A process is taken from nginx by the mode of its public socket: nginx, which may not enter any more, goes to the process's
+peers, or waits at the gate if it has none, without being told anything. As each request has a connection of its own, the
+requests in flight are the connections that are left. The socket that the process binds next has its usual mode.
+"""
+
+import contextlib
+import pathlib
+import time
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+EVENT = "synapse/rolling"
+# Of a socket in /proc/net/unix that has a client, and of one that is not accepted yet: socket_state in linux/net.h.
+CONNECTED = ("02", "03")
+
+
+def restart(names=None, drain=None):
+    """
+    Restart processes one after the other: no new request goes to a process, those that it works on come to their end, it
+    restarts and is healthy, it gets requests again. The main process restarts without its workers.
+
+    names
+        A list of process names. Defaults to all that run, the main process first.
+
+    drain
+        Seconds that the requests in flight have to come to their end. Defaults to ``synapse:process:drain_timeout``.
+
+    Returns a list of dicts, one for each process: ``name``, ``drained`` (seconds), ``cut_off`` (requests that were still in
+    flight then) and ``restarted`` (seconds).
+
+    Raises SaltInvocationError for an argument that is none; CommandExecutionError if Synapse is under maintenance, or with the
+    end of its journal if a process does not become healthy: the rest is not touched then.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_rolling.restart
+        salt-call synapse_rolling.restart '[matrix-synapse-worker-0-generic]' drain=60
+    """
+    settings = __salt__["synapse_pillar.settings"]()
+    drain = settings["process"]["drain_timeout"] if drain is None else drain
+    planned = {process["name"]: process for process in __salt__["synapse_workers.plan"]()["processes"]}
+    if names is None:
+        states = __salt__["synapse_process.states"](list(planned))
+        names = [name for name in planned if states[name]["ActiveState"] != "inactive"]
+    _check(names, drain, planned)
+    if fault := __salt__["synapse_maintenance.fault"]():
+        raise CommandExecutionError(fault)
+    done = []
+    for number, name in enumerate(names):
+        _tell(f"{name} ({number + 1} of {len(names)}) ...")
+        try:
+            done.append(_restart(name, planned[name]["public_socket"] if settings["nginx"]["managed"] else None, drain))
+        except CommandExecutionError as err:
+            rest = f"\nNot restarted: {', '.join(names[number + 1 :])}" if names[number + 1 :] else ""
+            raise CommandExecutionError(f"{err}{rest}") from err
+    return done
+
+
+def _check(names, drain, planned):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SaltInvocationError(f"names: {names!r} is not a list of process names")
+    unknown = [name for name in names if name not in planned]
+    if unknown:
+        raise SaltInvocationError(f"names: there is no {', '.join(unknown)}; there are {', '.join(planned)}")
+    if isinstance(drain, bool) or not isinstance(drain, int | float) or drain < 0:
+        raise SaltInvocationError(f"drain: {drain!r} is not a number of seconds")
+
+
+def _restart(name, public_socket, drain):
+    begin = time.monotonic()
+    with shut(public_socket):
+        cut_off = _drain(public_socket, drain) if public_socket else 0
+        drained = time.monotonic()
+        __salt__["synapse_process.restart"](name)
+    return {
+        "name": name,
+        "drained": round(drained - begin, 1),
+        "cut_off": cut_off,
+        "restarted": round(time.monotonic() - drained, 1),
+    }
+
+
+@contextlib.contextmanager
+def shut(path):
+    """Nobody but root can enter a socket any more. It opens again if it is still there in the end."""
+    if path is None or not (socket := pathlib.Path(path)).is_socket():
+        yield
+        return
+    before = socket.stat()
+    socket.chmod(0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            if socket.stat().st_ino == before.st_ino:
+                socket.chmod(before.st_mode & 0o777)
+
+
+def is_shut(path):
+    """
+    Return whether a process was taken from nginx, by a rolling restart that was cut off, and still has to restart.
+
+    path
+        Its public socket; None if it has none.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_rolling.is_shut /run/matrix-synapse/public/matrix-synapse.sock
+    """
+    try:
+        return path is not None and pathlib.Path(path).stat().st_mode & 0o777 == 0
+    except FileNotFoundError:
+        return False
+
+
+def _drain(path, seconds):
+    """Wait until no request is in flight; return how many are after the time."""
+    deadline = time.monotonic() + seconds
+    while (left := _connections(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _connections(path):
+    """How many connections there are to a socket. The kernel lists them where the clients are, on this host: proc(5)."""
+    rows = pathlib.Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
+    # Num RefCount Protocol Flags Type St Inode Path
+    return sum(row.split()[5] in CONNECTED and row.endswith(f" {path}") for row in rows[1:])
+
+
+def _tell(text):
+    __salt__["synapse_progress.tell"](EVENT, text)

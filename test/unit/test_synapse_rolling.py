@@ -1,0 +1,82 @@
+"""The rolling restart: sockets that are shut, requests that are counted, arguments that are none."""
+
+import pathlib
+import socket
+
+import pytest
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+
+@pytest.fixture
+def rolling(minion):
+    minion.run(minion.good_pillar())
+    minion.salt["synapse_maintenance.fault"] = lambda: None
+    return minion.synapse_rolling
+
+
+@pytest.fixture
+def listener(tmp_path):
+    path = tmp_path / "public.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        path.chmod(0o666)
+        yield path
+
+
+def mode(path):
+    return pathlib.Path(path).stat().st_mode & 0o777
+
+
+def test_a_socket_is_shut_for_a_while(rolling, listener):
+    with rolling.shut(str(listener)):
+        assert mode(listener) == 0
+        assert rolling.is_shut(str(listener))
+    assert mode(listener) == 0o666
+    assert not rolling.is_shut(str(listener))
+
+
+def test_a_socket_that_a_new_process_bound_is_left_alone(rolling, listener):
+    with rolling.shut(str(listener)), socket.socket(socket.AF_UNIX) as new:
+        listener.unlink()
+        new.bind(str(listener))
+        listener.chmod(0o640)
+    assert mode(listener) == 0o640
+
+
+def test_a_process_without_a_public_socket_has_nothing_to_shut(rolling, tmp_path):
+    for path in (None, str(tmp_path / "none")):
+        with rolling.shut(path):
+            assert not rolling.is_shut(path)
+
+
+def test_requests_in_flight_are_the_connections_of_the_socket(rolling, listener):
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        assert rolling._connections(str(listener)) == 0
+        first.connect(str(listener))
+        second.connect(str(listener))
+        # Also those that are not accepted yet.
+        assert rolling._connections(str(listener)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"names": "matrix-synapse"}, "names: 'matrix-synapse' is not a list"),
+        (
+            {"names": ["matrix-synapse-worker-99-generic"]},
+            "there is no matrix-synapse-worker-99-generic; there are matrix-synapse",
+        ),
+        ({"drain": "long"}, "drain: 'long' is not a number of seconds"),
+        ({"drain": -1}, "drain: -1 is not a number of seconds"),
+    ],
+)
+def test_what_is_no_argument_is_told_before_anything_restarts(rolling, arguments, said):
+    with pytest.raises(SaltInvocationError, match=said):
+        rolling.restart(**{"names": [], **arguments})
+
+
+def test_under_maintenance_nothing_restarts(rolling, minion):
+    minion.salt["synapse_maintenance.fault"] = lambda: "Synapse is under maintenance"
+    with pytest.raises(CommandExecutionError, match="under maintenance"):
+        rolling.restart(["matrix-synapse"])
