@@ -15,7 +15,7 @@ def context():
     Return the context of nginx's template: a dict with
 
     ``plan``
-        Upstreams, routes and what is public: see ``synapse_workers.routing``.
+        Upstreams, routes, kinds of requests and what is public: see ``synapse_workers.routing``.
 
     ``nginx``
         Listeners, limits and answers.
@@ -35,7 +35,7 @@ def context():
     settings = __salt__["synapse_pillar.settings"]()
     plan = __salt__["synapse_workers.plan"]()
     known = {
-        "plan": {key: plan[key] for key in ("upstreams", "routes", "public")},
+        "plan": {key: plan[key] for key in ("upstreams", "routes", "kinds", "public")},
         "gates": [upstream["gate"] for upstream in plan["upstreams"] if upstream["gate"]],
         "nginx": {
             "client": settings["nginx"]["client"],
@@ -45,6 +45,9 @@ def context():
             "max_upload_size": settings["max_upload_size"],
             "admin_allow": settings["nginx"]["admin_allow"],
             "trusted_proxies": settings["nginx"]["trusted_proxies"],
+            "limits": {**settings["nginx"]["limits"], "exempt": _exempt(settings)},
+            "media_cache": settings["nginx"]["media_cache"],
+            "media_cache_directory": media_cache_directory(),
             "well_known": well_known(settings),
             "status_socket": f"{settings['directories']['run']}/nginx/status.sock",
             "back_door": back_door(),
@@ -69,6 +72,24 @@ def back_door():
         salt-call synapse_nginx.back_door
     """
     return f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/nginx.sock"
+
+
+def media_cache_directory():
+    """
+    Return the path of the directory in which nginx keeps media, if it does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_nginx.media_cache_directory
+    """
+    return "/var/cache/nginx-matrix-synapse"
+
+
+def _exempt(settings):
+    """Whom limits do not hold for: bridges in the Docker network, and whom the pillar names."""
+    return sorted({*settings["nginx"]["limits"]["exempt"], settings["docker"]["network"]["subnet"]})
 
 
 def _server_names(settings):

@@ -55,6 +55,9 @@ SETTINGS_ELSEWHERE = {
     "public_baseurl": "synapse:public_base_url",
 }
 
+# What a part of what is public may have: see data/routes.yaml.
+TRAITS = ("media", "upload", "admin")
+
 # What the rest of the formula rests on.
 SETTINGS_REFUSED = {
     **dict.fromkeys(PLANNED_SETTINGS, "leave it out, the formula sets it"),
@@ -240,7 +243,7 @@ def build(settings, workers, routes_data, roster):
     ``shared``
         The settings of homeserver.yaml that bind the processes together.
 
-    ``upstreams``, ``routes``, ``public``
+    ``upstreams``, ``routes``, ``kinds``, ``public``
         What nginx needs: see :func:`routing`.
 
     ``max_connections``
@@ -462,12 +465,16 @@ def routing(processes, routes_data, version):
         sockets of its processes, and ``gate``, the socket where requests wait if there is but one of them (or None).
 
     ``routes``
-        A list in the order of precedence. Each has ``match``, a regular expression over ``METHOD:/raw/path``, and
-        ``upstream``, the name of one. What none of them matches is main's.
+        A list in the order of precedence. Each has ``match``, a regular expression over ``METHOD:/raw/path?``, with
+        ``initial`` at the end for a sync that begins anew, and ``upstream``, the name of one. What none of them matches is
+        main's.
+
+    ``kinds``
+        What else is to be known of a request: a list of dicts with ``match``, as above, and ``kind``.
 
     ``public``
         What each of nginx's servers, ``client`` and ``federation``, lets in: a list of dicts with ``path``, what the request
-        begins with, and the flags ``media`` and ``admin``.
+        begins with, and the flags ``media``, ``upload`` and ``admin``.
 
     processes
         Dicts with at least ``name``, ``type``, ``stream`` (or None) and ``public_socket`` (None: serves no requests).
@@ -489,23 +496,35 @@ def routing(processes, routes_data, version):
     while found and found[-1]["upstream"] == MAIN_UPSTREAM:
         found.pop()
     public = {
-        server: [{"path": path, "media": False, "admin": False, **(traits or {})} for path, traits in paths.items()]
+        server: [{"path": path, **dict.fromkeys(TRAITS, False), **(traits or {})} for path, traits in paths.items()]
         for server, paths in routes_data["public"].items()
     }
-    return {"upstreams": list(upstreams.values()), "routes": found, "public": public}
+    kinds = [
+        {"match": match, "kind": kind}
+        for kind, requests in routes_data["kinds"].items()
+        for request in requests
+        for match in _matches(request, request["methods"], routes_data["names"])
+    ]
+    return {"upstreams": list(upstreams.values()), "routes": found, "kinds": kinds, "public": public}
 
 
 def matches(routes_data, version):
     """
     Return a list of pairs in the order of precedence: a route of ``data/routes.yaml``, and a regular expression over
-    ``METHOD:/raw/path`` for one of its paths. Routes that do not hold for a release of Synapse are left out.
+    ``METHOD:/raw/path?`` for one of its paths. Routes that do not hold for a release of Synapse are left out.
     """
     return [
-        (route, f"^{_methods(route.get('methods'))}:{_regex(path, routes_data['names'])}$")
+        (route, match)
         for route in routes_data["routes"]
         if _holds(route, version)
-        for path in route["paths"]
+        for match in _matches(route, _and_asked_alike(route.get("methods")), routes_data["names"])
     ]
+
+
+def _matches(requests, methods, names):
+    method = f"(?:{'|'.join(methods)})" if methods else "[A-Z]+"
+    end = "initial$" if requests.get("initial") else ""
+    return [f"^{method}:{_regex(path, names)}\\?{end}" for path in requests["paths"]]
 
 
 def _holds(route, version):
@@ -540,10 +559,9 @@ def _gate(servers):
     return str(path.parents[1] / "gate" / path.name)
 
 
-def _methods(methods):
-    if not methods:
-        return "[A-Z]+"
-    return "(?:" + "|".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"]) + ")"
+def _and_asked_alike(methods):
+    """The methods with those that go the same way."""
+    return methods and [*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"]
 
 
 def _regex(path, names):
@@ -568,7 +586,7 @@ def faults(settings, workers, roster):
     found += _roster_faults(settings, roster)
     if found:
         return found
-    planned = build(settings, workers, {"routes": [], "names": {}, "public": {}}, roster)
+    planned = build(settings, workers, {"routes": [], "kinds": {}, "names": {}, "public": {}}, roster)
     found += _socket_faults(planned, settings)
     found += _connection_faults(planned, settings)
     found += _ghost_faults(planned, settings["config"], workers)

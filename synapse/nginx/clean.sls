@@ -9,6 +9,12 @@
       - cmd: nginx runs without Synapse
 {%- endfor %}
 
+nginx keeps no media:
+  file.absent:
+    - name: {{ salt["synapse_nginx.media_cache_directory"]() }}
+    - require:
+      - cmd: nginx runs without Synapse
+
 nginx runs without Synapse:
   cmd.run:
     - name: systemctl daemon-reload && systemctl reload-or-restart nginx

@@ -70,6 +70,15 @@ nginx runs with this configuration:
       - file: nginx is configured for Synapse
       - file: nginx starts after Docker
 
+{%- if not context.nginx.media_cache %}
+
+nginx keeps no media:
+  file.absent:
+    - name: {{ context.nginx.media_cache_directory }}
+    - require:
+      - cmd: nginx runs with this configuration
+{%- endif %}
+
 nginx starts at boot:
   service.enabled:
     - name: nginx

@@ -276,6 +276,19 @@ def test_an_nginx_that_is_not_managed_is_left_alone(deployed):
     assert deployed.host.sh(look).stdout == before
 
 
+def test_the_media_cache_comes_and_goes_while_every_process_runs_on(deployed):
+    starts, directory = deployed.starts(), "/var/cache/nginx-matrix-synapse"
+    deployed.pillar["nginx"]["media_cache"] = "100M"
+    done = {"nginx is configured for Synapse", "nginx runs with this configuration"}
+    assert set(deployed.apply()) == done
+    assert deployed.host.run("stat", "--format", "%a %U", directory).stdout.split() == ["700", "www-data"]
+    assert deployed.apply() == {}
+    del deployed.pillar["nginx"]["media_cache"]
+    assert set(deployed.apply()) == {*done, "nginx keeps no media"}
+    assert deployed.host.run("test", "-e", directory, check=False).returncode == 1
+    assert deployed.starts() == starts
+
+
 def test_tls_from_given_certificate_files(deployed):
     host, directory = deployed.host, "/etc/ssl/synapse-test"
     host.sh(

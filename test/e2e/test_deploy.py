@@ -194,7 +194,9 @@ def test_media_is_stored_and_served_by_the_media_repository(deployed):
     uri = alice.ask("POST", "/_matrix/media/v3/upload", b"\x89PNG not really", **{"Content-Type": "image/png"})[
         "content_uri"
     ]
-    assert alice.ask("GET", f"/_matrix/client/v1/media/download/{uri.removeprefix('mxc://')}") == b"\x89PNG not really"
+    download = f"/_matrix/client/v1/media/download/{uri.removeprefix('mxc://')}"
+    assert alice.ask("GET", download) == b"\x89PNG not really"
+    assert alice.ask("GET", download, Range="bytes=1-3") == b"PNG"
     log = deployed.host.run("tail", "--lines", "200", "/var/log/nginx/matrix-synapse.access.log").stdout
     uploads = [line for line in log.splitlines() if "/media/v3/upload" in line]
     assert "matrix-synapse-worker-7-media-repository.sock" in uploads[-1]

@@ -4,6 +4,7 @@ answer every request with their own name and what they were sent.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import http.client
 import http.server
@@ -15,10 +16,12 @@ import socketserver
 import ssl
 import subprocess
 import threading
+import time
+import urllib.parse
 
 import pytest
 import yaml
-from front import DIGEST, Front, free_port, module, render
+from front import DIGEST, LIMITS, Front, free_port, module, render
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROUTES = yaml.safe_load((ROOT / "synapse/data/routes.yaml").read_text())
@@ -345,12 +348,13 @@ class Process(socketserver.ThreadingUnixStreamServer):
             super().handle_one_request()
 
         def do(self):
+            self.server.came.release()
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             answer = {"process": self.server.name, "uri": self.path, "body": len(body), "headers": dict(self.headers)}
-            answer = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("X-Process", self.server.name)
-            self.send_header("Content-Length", str(len(answer)))
+            status, headers, answer = self.server.answer(self.headers) or (200, {}, json.dumps(answer).encode())
+            self.send_response(status)
+            for name, value in {"X-Process": self.server.name, "Content-Length": len(answer), **headers}.items():
+                self.send_header(name, str(value))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(answer)
@@ -362,6 +366,8 @@ class Process(socketserver.ThreadingUnixStreamServer):
 
     def __init__(self, name, path):
         self.name, self.path, self.connections = name, path, set()
+        # Counts the requests whose headers came; what a test wants to be answered with in place of the above.
+        self.came, self.answer = threading.Semaphore(0), lambda headers: None
         super().__init__(str(path), self.RequestHandlerClass)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -423,6 +429,15 @@ class Nginx(Front):
         connection.close()
         parse = answer.headers.get("Content-Type") in ("application/json", None)
         return answer.status, answer.headers, json.loads(content) if content and parse else content
+
+    def raw(self, request, headers, federation=False):
+        """The status that nginx answers with, whatever the request looks like."""
+        with socket.create_connection(
+            ("127.0.0.1", self.federation if federation else self.client), timeout=20
+        ) as sent:
+            lines = [f"{request} HTTP/1.1", "Host: x", "Connection: close", *map(": ".join, headers.items()), "", ""]
+            sent.sendall("\r\n".join(lines).encode())
+            return int(sent.makefile("rb").readline().split()[1])
 
     def who(self, method, uri, headers=None, body=None):
         """The name of the process that answers."""
@@ -566,6 +581,48 @@ def test_the_admin_api_is_for_the_allowed_addresses_alone(nginx, uri):
     assert nginx.ask("GET", "/_synapse/admin/v1/rooms")[0] == 200
 
 
+# What no path may lead the public to.
+CLOSED = ["health", "metrics", "_synapse/admin", "_synapse/metrics", "_synapse/replication", "_synapse/mas"]
+
+
+@pytest.mark.parametrize("federation", [False, True])
+@pytest.mark.parametrize("closed", CLOSED)
+def test_no_form_of_a_path_leads_to_what_is_closed(closed, federation, nginx):
+    """Synapse splits the raw path at each slash, and decodes what is between. It removes no dots."""
+
+    def resource(uri):
+        path = uri.removeprefix("http://example.org").partition("?")[0]
+        return "/".join(urllib.parse.unquote(segment) for segment in path[1:].split("/"))
+
+    slashes, dots = ["/", "//", "/./", "%2F", "\\"], ["..", "%2e%2e", ".%2E", "..;"]
+    begins = ["", "http://example.org", *(f"/_matrix{slash}{up}" for slash in slashes for up in dots)]
+    begins += [
+        "/_matrix/client/../..",
+        "/_synapse/client/..",
+        "/_synapse/client/..%2F..",
+        "/_matrix/federation/%2E%2E/..",
+    ]
+    begins += ["/_matrix/media/v3/download/x/..%2F..%2F..%2F..%2F..", "/_matrix/?", "/_matrix/#", "/_matrix/%3F"]
+    spelled = [
+        closed,
+        closed.replace("_", "%5F"),
+        closed.replace("a", "%61"),
+        closed.replace("/", "%2F"),
+        closed.upper(),
+    ]
+    uris = {begin + slash + it + "/v1/x" for begin in begins for slash in slashes for it in spelled}
+    reached = []
+    connection = http.client.HTTPConnection("127.0.0.1", nginx.federation if federation else nginx.client)
+    for uri in sorted(uri for uri in uris if uri.startswith(("/", "http://example.org/"))):
+        connection.request("GET", uri, headers=PUBLIC)
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status == 200:
+            reached.append(uri)
+    connection.close()
+    assert not [uri for uri in reached if resource(uri).startswith(closed)]
+
+
 def test_a_room_stays_with_one_process_however_its_id_is_written(nginx):
     forms = [
         "!abc:example.org",
@@ -613,6 +670,40 @@ def test_an_origin_stays_with_one_process_and_origins_are_spread(nginx):
     }
     assert {len(processes) for processes in found.values()} == {1}
     assert len({min(processes) for processes in found.values()}) == 3
+
+
+BEGINS = [
+    "GET /_matrix/client/v3/sync",
+    "GET /_matrix/client/v3/sync?timeout=0&set_presence=offline&since=",
+    "GET /_matrix/client/v3/sync?since=s1&full_state=true",
+    "GET /_matrix/client/v3/initialSync",
+    "GET /_matrix/client/v3/rooms/!r:x/initialSync",
+    "POST /_matrix/client/unstable/org.matrix.simplified_msc3575/sync?timeout=0",
+]
+GOES_ON = [
+    "GET /_matrix/client/r0/sync?since=s1",
+    "GET /_matrix/client/v3/sync?filter=%7B%7D&full_state=false&timeout=30000&since=s1_2",
+    "GET /_matrix/client/v3/events",
+    "POST /_matrix/client/unstable/org.matrix.simplified_msc3575/sync?timeout=0&pos=0/s1",
+]
+
+
+def test_syncs_that_begin_anew_have_workers_of_their_own_and_each_user_one_of_them(directory):
+    with Nginx(directory / "initial", ["generic", *["sync"] * 2, *["initial-sync"] * 2]) as nginx:
+        users = [{"Authorization": f"Bearer syt_dXNlcg{i}_x_y"} for i in range(20)]
+        for requests, kind in ((BEGINS, "initial-sync"), (GOES_ON, "sync")):
+            found = [{nginx.who(*request.split(), user) for request in requests} for user in users]
+            assert {len(processes) for processes in found} == {1}
+            assert set.union(*found) == {f"{kind}.1", f"{kind}.2"}
+
+
+@pytest.mark.parametrize("kind", ["sync", "generic"])
+def test_without_them_they_go_where_other_syncs_go(kind, directory):
+    with Nginx(directory / "initial", ["client-reader", *[kind] * 2]) as nginx:
+        user = {"Authorization": "Bearer syt_dXNlcg_x_y"}
+        found = {nginx.who(*request.split(), user) for request in BEGINS + GOES_ON}
+        assert len(found) == 1
+        assert min(found).startswith(kind)
 
 
 def test_requests_without_a_key_are_spread(nginx):
@@ -702,6 +793,8 @@ def test_while_the_switch_is_there_every_request_is_told_to_come_back(directory)
     [
         ("/_matrix/media/v3/upload", 19, 200),
         ("/_matrix/media/v3/upload", 21, 413),
+        ("/_matrix/media/v3/create", 14, 413),
+        ("/_matrix/media/v3/download/x/m", 14, 413),
         ("/_matrix/client/v3/search", 12, 200),
         ("/_matrix/client/v3/search", 14, 413),
     ],
@@ -728,6 +821,263 @@ def test_the_log_says_where_a_request_went_and_no_log_holds_a_token(directory):
     assert f"via synapse_stream_typing to unix:{directory}/log/public/typing.1.sock: 200" in lines[0]
     assert ": 502, 502 " in lines[1]
     assert not [log.name for log in (directory / "log").glob("*.log") if "SECRET" in log.read_text()]
+
+
+LOGIN = ("POST", "/_matrix/client/v3/login")
+UPLOAD = ("POST", "/_matrix/media/v3/upload")
+SYNC = ("GET", "/_matrix/client/v3/sync")
+PUBLIC = {"X-Forwarded-For": "203.0.113.9"}
+
+
+def limited(directory, kinds=(), **limits):
+    return Nginx(directory / "limited", kinds, limits={**LIMITS, **limits})
+
+
+def from_address(address):
+    return {"X-Forwarded-For": address}
+
+
+def test_a_flood_of_logins_from_one_address_is_told_to_wait_and_nobody_else_is(directory):
+    with limited(directory, login={"rate": 1, "burst": 5}) as nginx:
+        answered = [nginx.ask(*LOGIN, PUBLIC)[0] for _ in range(20)]
+        assert answered[:6] == [200] * 6
+        assert answered.count(429) > 10
+        status, headers, content = nginx.ask(*LOGIN, {**PUBLIC, "Authorization": "Bearer SECRET"}, "SECRET")
+        assert (status, content["errcode"], content["retry_after_ms"]) == (429, "M_LIMIT_EXCEEDED", 2000)
+        assert (headers["Retry-After"], headers["Access-Control-Allow-Origin"]) == ("2", "*")
+        assert nginx.ask("GET", "/_matrix/client/v3/login", PUBLIC)[0] == 200
+        assert nginx.ask("OPTIONS", LOGIN[1], PUBLIC)[0] == 200
+        assert nginx.ask(*SYNC, PUBLIC)[0] == 200
+        assert nginx.ask(*LOGIN, from_address("203.0.113.10"))[0] == 200
+        time.sleep(1.1)
+        assert nginx.ask(*LOGIN, PUBLIC)[0] == 200
+    assert " 429 " in (directory / "limited/matrix-synapse.access.log").read_text()
+    assert not [log.name for log in (directory / "limited").glob("*.log") if "SECRET" in log.read_text()]
+
+
+def test_what_a_stranger_may_ask_is_limited_together(directory):
+    requests = """
+        POST /_matrix/client/r0/login
+        POST /_matrix/client/v3/register?kind=guest
+        GET /_matrix/client/v3/register/available?username=a
+        GET /_matrix/client/v1/register/m.login.registration_token/validity?token=t
+        POST /_matrix/client/v3/register/email/requestToken
+        POST /_matrix/client/v3/account/password/msisdn/requestToken
+        POST /_matrix/client/v3/account/3pid/email/requestToken
+        POST /_matrix/client/v3/account/password
+    """
+    with limited(directory, login={"rate": 1, "burst": 0}) as nginx:
+        for i, request in enumerate(requests.strip().splitlines()):
+            client = from_address(f"203.0.113.{i}")
+            assert nginx.ask(*LOGIN, client)[0] == 200
+            assert nginx.ask(*request.split(), client)[0] == 429
+
+
+def test_a_network_behind_one_address_may_log_in_at_once(nginx):
+    assert {nginx.ask(*LOGIN, from_address("198.51.100.1"))[0] for _ in range(LIMITS["login"]["burst"])} == {200}
+
+
+def test_an_ipv6_network_of_64_bits_is_one_client(directory):
+    with limited(directory, login={"rate": 1, "burst": 0}) as nginx:
+        assert nginx.ask(*LOGIN, from_address("2001:db8::1"))[0] == 200
+        assert nginx.ask(*LOGIN, from_address("2001:db8:0:0:a:0a0a:c:d"))[0] == 429
+        assert nginx.ask(*LOGIN, from_address("2001:db8:0:1::1"))[0] == 200
+        assert nginx.ask(*LOGIN, from_address("203.0.113.9"))[0] == 200
+        assert nginx.ask(*LOGIN, from_address("203.0.113.10"))[0] == 200
+
+
+def test_bridges_and_local_programs_are_not_limited(directory):
+    exempt = ["172.29.88.0/24", "2001:db8:5::/48"]
+    with limited(directory, login={"rate": 1, "burst": 0}, exempt=exempt) as nginx:
+        for headers in ({}, *map(from_address, ("127.0.0.1", "172.29.88.7", "2001:db8:5::1"))):
+            assert [nginx.ask(*LOGIN, headers)[0] for _ in range(5)] == [200] * 5
+        for _ in range(5):
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(nginx.settings["back_door"])
+            connection.request(*LOGIN)
+            assert connection.getresponse().status == 200
+
+
+@contextlib.contextmanager
+def held(nginx, process, count, request, headers):
+    """Have a process at work on a number of requests, whose ends have not come."""
+    connections = []
+    for _ in range(count):
+        connection = http.client.HTTPConnection("127.0.0.1", nginx.client, timeout=20)
+        connection.putrequest(*request)
+        for name, value in {**headers, "Content-Length": 4000}.items():
+            connection.putheader(name, str(value))
+        connection.endheaders(b"x" * 1000)
+        connections.append(connection)
+    assert all(nginx.processes[process].came.acquire(timeout=20) for _ in connections)
+    yield connections
+    for connection in connections:
+        connection.send(b"x" * 3000)
+        connection.getresponse().read()
+        connection.close()
+
+
+def test_uploads_at_once_are_bounded_for_one_client_and_for_all(directory):
+    with limited(directory, ["media-repository"], uploads={"client": 2, "all": 3}) as nginx:
+        with held(nginx, "media-repository.1", 2, UPLOAD, PUBLIC):
+            assert nginx.ask(*UPLOAD, PUBLIC, "x")[2]["errcode"] == "M_LIMIT_EXCEEDED"
+            assert nginx.ask("PUT", "/_matrix/media/v3/upload/x/m", PUBLIC, "x")[0] == 429
+            assert nginx.ask("GET", "/_matrix/media/v3/download/x/m", PUBLIC)[0] == 200
+            assert nginx.ask(*UPLOAD, from_address("203.0.113.10"), "x")[0] == 200
+            nginx.processes["media-repository.1"].came = threading.Semaphore(0)
+            with held(nginx, "media-repository.1", 1, UPLOAD, from_address("203.0.113.10")):
+                assert nginx.ask(*UPLOAD, from_address("203.0.113.11"), "x")[0] == 429
+                assert nginx.ask(*UPLOAD, {}, "x")[0] == 200
+        assert nginx.ask(*UPLOAD, PUBLIC, "x")[0] == 200
+
+
+def test_a_client_has_so_many_open_requests_and_no_more(directory):
+    with limited(directory, ["media-repository"], open_requests=3, uploads=None) as nginx:
+        with held(nginx, "media-repository.1", 3, UPLOAD, PUBLIC):
+            assert nginx.ask(*SYNC, PUBLIC)[2]["errcode"] == "M_LIMIT_EXCEEDED"
+            assert nginx.ask(*SYNC, PUBLIC, federation=True)[0] == 404
+            assert nginx.ask("GET", "/_matrix/federation/v1/version", PUBLIC, federation=True)[0] == 429
+            assert nginx.ask(*SYNC, from_address("203.0.113.10"))[0] == 200
+        assert nginx.ask(*SYNC, PUBLIC)[0] == 200
+
+
+def test_null_switches_a_limit_off(directory):
+    with limited(directory, ["media-repository"], login=None, open_requests=None, uploads=None) as nginx:
+        assert {nginx.ask(*LOGIN, PUBLIC)[0] for _ in range(200)} == {200}
+        with held(nginx, "media-repository.1", 60, UPLOAD, PUBLIC):
+            assert nginx.ask(*UPLOAD, PUBLIC, "x")[0] == 200
+
+
+@pytest.mark.parametrize("size", ["8K", "16K"])
+def test_a_header_may_have_the_size_that_the_settings_say(size, directory):
+    kilobytes = int(size[:-1])
+    with limited(directory, header_size=size) as nginx:
+        for length, answers in (((kilobytes - 1) * 1024, [200]), ((kilobytes + 1) * 1024, [400, 414])):
+            assert nginx.raw(f"{' '.join(SYNC)}?filter={'x' * length}", {}) in answers
+            assert nginx.raw(" ".join(SYNC), {"X-Long": "x" * length}) in answers
+
+
+def is_left(slow):
+    slow.settimeout(20)
+    try:
+        return slow.recv(1000) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"GET /_matrix/client/versions HTTP/1.1\r\nHost", b"POST"])
+def test_a_client_that_does_not_finish_its_header_is_left(sent, directory):
+    with limited(directory, header_timeout=1) as nginx, socket.create_connection(("127.0.0.1", nginx.client)) as slow:
+        slow.send(sent)
+        assert is_left(slow)
+
+
+def test_a_client_that_does_not_finish_its_body_is_left(directory):
+    with limited(directory, body_timeout=1) as nginx, socket.create_connection(("127.0.0.1", nginx.client)) as slow:
+        slow.send(b"POST /_matrix/client/v3/login HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert is_left(slow)
+        assert not nginx.processes["main.1"].came.acquire(blocking=False)
+
+
+def test_an_upload_is_passed_on_while_it_comes(nginx):
+    nginx.processes["media-repository.1"].came = threading.Semaphore(0)
+    with held(nginx, "media-repository.1", 1, UPLOAD, {}):
+        pass
+
+
+MEDIA = bytes(range(256)) * 1000
+# As Synapse sends it.
+OF_MEDIA = {
+    "Content-Type": "image/png",
+    "Cache-Control": "public,max-age=86400,s-maxage=0,proxy-revalidate",
+    "ETag": "1",
+}
+
+
+class Media:
+    """A media repository with one file, that tells what it was asked for: a status for each request."""
+
+    def __init__(self, nginx, **headers):
+        self.there, self.asked, self.headers = True, [], {**OF_MEDIA, **headers}
+        nginx.processes["media-repository.1"].answer = self
+
+    def __call__(self, headers):
+        status = 404 if not self.there else 304 if headers.get("If-None-Match") == "1" else 200
+        self.asked.append(status)
+        return status, self.headers if self.there else {"Content-Type": "text/plain"}, MEDIA if status == 200 else b""
+
+
+@pytest.mark.parametrize("cache", [None, "10M"])
+@pytest.mark.parametrize("path", ["media/v3/download", "media/r0/thumbnail", "client/v1/media/download"])
+def test_any_bytes_of_a_file_can_be_asked_for(cache, path, directory):
+    ranges = {"0-1": MEDIA[:2], "100000-100999": MEDIA[100000:101000], "255990-": MEDIA[255990:], "-5": MEDIA[-5:]}
+    with Nginx(directory / "ranges", ["media-repository"], media_cache=cache) as nginx:
+        Media(nginx)
+        for asked, answered in ranges.items():
+            status, headers, content = nginx.ask("GET", f"/_matrix/{path}/x/m", {"Range": f"bytes={asked}"})
+            assert (status, headers["Content-Length"], content) == (206, str(len(answered)), answered)
+        assert nginx.ask("GET", f"/_matrix/{path}/x/m", {"Range": "bytes=256000-"})[0] == 416
+
+
+@pytest.fixture
+def cached(directory):
+    with Nginx(directory / "cached", ["media-repository"], media_cache="10M") as nginx:
+        yield nginx
+
+
+def test_public_media_come_from_the_cache_as_long_as_synapse_agrees(cached):
+    paths = ["/_matrix/media/v3/download/x/m", "/_matrix/media/r0/thumbnail/x/m?width=9&height=9"]
+    media = Media(cached)
+    assert [cached.ask("GET", path)[2] for path in paths] == [MEDIA] * 2
+    time.sleep(2)
+    assert [cached.ask("GET", path, {"Range": "bytes=1-2"})[2] for path in paths] == [MEDIA[1:3]] * 2
+    assert media.asked == [200, 200, 304, 304]
+    media.there = False
+    time.sleep(2)
+    assert [cached.ask("GET", path)[0] for path in paths] == [404] * 2
+
+
+def test_another_path_or_query_is_another_file(cached):
+    media = Media(cached)
+    for path in ("download/x/m", "download/x/m?allow_remote=false", "download/x/n", "thumbnail/x/m?width=1"):
+        assert cached.ask("GET", f"/_matrix/media/v3/{path}")[0] == 200
+    assert media.asked == [200] * 4
+
+
+def test_nothing_else_comes_from_the_cache(cached):
+    token = {"Authorization": "Bearer t"}
+    for path, headers in (
+        ("/_matrix/client/v1/media/download/x/m", {}),
+        ("/_matrix/client/v1/media/download/x/m", token),
+        ("/_matrix/client/v1/media/thumbnail/x/m", {}),
+        ("/_matrix/federation/v1/media/download/m", {}),
+        ("/_matrix/media/v3/preview_url?url=x", {}),
+        ("/_matrix/media/v3/config", {}),
+        ("/_matrix/media/v3/download/x/m", token),
+        ("/_matrix/media/v3/download/x/m?access_token=t", {}),
+    ):
+        media = Media(cached)
+        for _ in range(2):
+            assert cached.ask("GET", path, headers)[0] == 200
+        assert media.asked == [200, 200]
+    assert not [file for file in (pathlib.Path(cached.settings["media_cache_directory"])).rglob("*") if file.is_file()]
+
+
+def test_what_synapse_does_not_call_public_is_not_kept(cached):
+    for control in ("private", "no-store", "max-age=86400"):
+        media = Media(cached, **{"Cache-Control": control})
+        for _ in range(2):
+            assert cached.ask("GET", "/_matrix/media/v3/download/x/m")[0] == 200
+        assert media.asked == [200, 200]
+
+
+def test_many_who_ask_at_once_for_a_file_make_synapse_read_it_once(cached):
+    media = Media(cached)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: cached.ask("GET", "/_matrix/media/v3/download/x/m")[2], range(8)))
+    assert answers == [MEDIA] * 8
+    assert media.asked.count(200) == 1
 
 
 def test_nginx_tells_the_digest_of_the_configuration_it_runs(nginx):

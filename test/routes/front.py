@@ -9,8 +9,10 @@ import socket
 import subprocess
 
 import jinja2
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
+LIMITS = yaml.safe_load((ROOT / "synapse/defaults.yaml").read_text())["nginx"]["limits"]
 DIGEST = "0123456789abcdef"
 
 
@@ -32,6 +34,9 @@ class Front:
             "max_upload_size": "20M",
             "admin_allow": ["127.0.0.1"],
             "trusted_proxies": ["127.0.0.1"],
+            "limits": LIMITS,
+            "media_cache": None,
+            "media_cache_directory": str(directory / "cache"),
             "well_known": {"client": None, "server": None},
             "status_socket": str(directory / "status.sock"),
             "back_door": str(directory / "back-door.sock"),

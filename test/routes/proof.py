@@ -97,6 +97,9 @@ MAIN_ALONE = {
 # Not for the public: nginx answers these itself, or not at all.
 NOT_PUBLIC = re.compile("/(health|_synapse/(metrics|replication|mas)(/.*)?|[.]well-known/.*)")
 
+# The query of a sync that does not begin anew.
+GOES_ON = "?since=s1&pos=s1"
+
 # Together they do what a generic worker does.
 SPECIALISED = {"room", "sync", "client-reader", "federation-reader"}
 
@@ -230,6 +233,10 @@ def compare(known, layout):
     """What is wrong in a layout, a sentence each; how many requests went where; what main answers for which reason."""
     release = known["release"]
     requests = [*known["requests"], *(f"HEAD {it[4:]}" for it in known["requests"] if it.startswith("GET "))]
+    begins = [
+        match for route, match in minion().synapse_workers.matches(DATA["routes"], release) if route.get("initial")
+    ]
+    requests += [f"{it}{GOES_ON}" for it in requests if any(re.match(match, key(it)) for match in begins)]
     with tempfile.TemporaryDirectory(prefix="routes") as directory:
         planned = plan(layout, release, run=directory)
         found = asked(planned, requests, pathlib.Path(directory))
@@ -256,13 +263,19 @@ def compare(known, layout):
     return result
 
 
+def key(request):
+    """What nginx matches a request against."""
+    method, path = request.removesuffix(GOES_ON).split(" ", 1)
+    return f"{method}:{path}?{'' if request.endswith(GOES_ON) else 'initial'}"
+
+
 def registers(processes, request, known):
     """Whether any of the processes has a servlet for a request."""
     return any(servlet_of(process, request, known) for process in processes)
 
 
 def servlet_of(process, request, known):
-    kinds = known["requests"][request.replace("HEAD ", "GET ")]
+    kinds = known["requests"][request.replace("HEAD ", "GET ").removesuffix(GOES_ON)]
     return kinds.get(kind_of(process)) if process["public_socket"] else None
 
 
@@ -277,9 +290,8 @@ def can_answer(process, request, known, planned):
 
 def reason(request, release, unused):
     """Why the data leaves a request to main that workers of these types could take; None if it does not say."""
-    method, path = request.split(" ", 1)
     routes = minion().synapse_workers.matches(DATA["routes"], release)
-    route = next((route for route, match in routes if re.match(match, f"{method}:{path}")), None)
+    route = next((route for route, match in routes if re.match(match, key(request))), None)
     if route is None:
         return None
     if "why" in route:
@@ -292,7 +304,7 @@ def reason(request, release, unused):
 def stale(known):
     """What the data and this proof know otherwise than a release, a sentence each."""
     release, requests = known["release"], known["requests"]
-    keys = [request.replace(" ", ":", 1) for request in requests]
+    keys = [key(request) for request in requests]
     servlets = {servlet for kinds in requests.values() for servlet in kinds.values()}
     lines = [
         f"routes.yaml has a route that Synapse {release} does not register: {match}"

@@ -471,17 +471,18 @@ def test_without_workers_everything_is_mains(minion):
 @pytest.mark.parametrize(
     ("request_line", "with_workers"),
     [
-        ("GET:/_matrix/client/v3/sync", "0-generic"),
-        ("PUT:/_matrix/client/v3/rooms/!a:example.org/typing/@b:example.org", "2-stream-writer-typing"),
-        ("PUT:/_matrix/client/v3/sendToDevice/m.room_key/1", "3-stream-writer-to-device"),
-        ("POST:/_matrix/media/v3/upload", "11-media-repository"),
-        ("POST:/_matrix/client/v3/user_directory/search", "13-user-directory"),
-        ("PUT:/_matrix/federation/v1/send/1", "0-generic"),
-        ("POST:/_matrix/client/v3/logout", None),
+        ("GET:/_matrix/client/v3/sync?", "0-generic"),
+        ("GET:/_matrix/client/v3/sync?initial", "16-initial-sync"),
+        ("PUT:/_matrix/client/v3/rooms/!a:example.org/typing/@b:example.org?", "2-stream-writer-typing"),
+        ("PUT:/_matrix/client/v3/sendToDevice/m.room_key/1?", "3-stream-writer-to-device"),
+        ("POST:/_matrix/media/v3/upload?", "11-media-repository"),
+        ("POST:/_matrix/client/v3/user_directory/search?", "13-user-directory"),
+        ("PUT:/_matrix/federation/v1/send/1?", "0-generic"),
+        ("POST:/_matrix/client/v3/logout?", None),
     ],
 )
 def test_a_request_goes_to_who_can_answer_it(minion, request_line, with_workers):
-    planned = minion.plan({"workers:preset": "one-of-each"})
+    planned = minion.plan({"workers:preset": "one-of-each", "workers:list": [{"type": "initial-sync"}]})
     upstreams = {upstream["name"]: upstream["servers"] for upstream in planned["upstreams"]}
     matching = (route["upstream"] for route in planned["routes"] if re.search(route["match"], request_line))
     name = f"matrix-synapse-worker-{with_workers}" if with_workers else "matrix-synapse"

@@ -21,6 +21,12 @@ def test_it_takes_the_requests_that_name_the_homeserver(nginx):
     assert "[::1]" in nginx(server_name="[::1]:8448")["nginx"]["server_names"]
 
 
+def test_no_limit_holds_for_bridges_in_the_docker_network_and_whom_the_pillar_names(nginx):
+    assert nginx()["nginx"]["limits"]["exempt"] == ["172.29.88.0/24"]
+    context = nginx(nginx__limits__exempt=["192.0.2.7", "172.29.90.0/24"], docker__network__subnet="172.29.90.0/24")
+    assert context["nginx"]["limits"]["exempt"] == ["172.29.90.0/24", "192.0.2.7"]
+
+
 def test_a_renewed_certificate_is_another_configuration(nginx, tmp_path):
     files = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
     before = nginx(nginx__client__tls=files)["digest"]
