@@ -91,7 +91,13 @@ def installed():
                 shutil.copy(file, making)
             pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
             pip += ["--only-binary", ":all:", "--target", "python", "--requirement", "requirements.txt"]
-            npm = [f"{NODE}/bin/node", f"{NODE}/lib/node_modules/npm/bin/npm-cli.js", "ci", "--ignore-scripts"]
+            npm = [
+                f"{NODE}/bin/node",
+                f"{NODE}/lib/node_modules/npm/bin/npm-cli.js",
+                "ci",
+                "--ignore-scripts",
+                "--no-audit",
+            ]
             for command in (pip, [*npm, "--cafile", ca_bundle()]):
                 done = subprocess.run(command, cwd=making, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr

@@ -100,24 +100,28 @@ def test_a_room_is_shared_with_all_that_was_said_before(homeservers, people, roo
     for text in said:
         alice.say(room, text)
     bob.join(room, via="a.test")
-    until(lambda: set(said) <= set(bob.heard(room)), "bob's homeserver fetches what was said before he came")
-
-    bob.say(room, "hello from b")
-    until(lambda: "hello from b" in alice.heard(room), "alice hears bob")
-    alice.say(room, "hello from a")
-    until(lambda: "hello from a" in bob.heard(room), "bob hears alice")
+    hears(bob, room, *said)
+    for speaker, listener in (alice, bob), (bob, alice):
+        speaker.say(room, f"hello from {speaker.id}")
+        hears(listener, room, f"hello from {speaker.id}")
 
     home = homeservers["a.test"]
-    for asked in ("GET", "make_join"), ("PUT", "send_join"), ("GET", "backfill"), ("PUT", "send"):
-        assert answered_by(home, *asked) == set(home.owners()["generic"])
+    for kind in "GET v1/make_join", "PUT v2/send_join", "GET v1/backfill", "PUT v1/send":
+        assert answered_by(home, kind) == set(home.owners()["generic"])
 
 
-def answered_by(homeserver, method, what):
-    """The processes that another homeserver's requests of a kind went to."""
+def hears(person, room, *texts):
+    until(lambda: set(texts) <= set(person.heard(room)), f"{person.id} hears all of {texts}")
+
+
+def answered_by(homeserver, kind):
+    """The processes that answered another homeserver's requests of a kind."""
+    method, endpoint = kind.split()
     return {
         answer.process
         for answer in homeserver.answers()
-        if answer.method == method and answer.path.split("/")[2:5:2] == ["federation", what] and answer.status == 200
+        if (answer.method, answer.status) == (method, 200)
+        and answer.path.startswith(f"/_matrix/federation/{endpoint}/")
     }
 
 
@@ -128,9 +132,9 @@ def test_what_is_said_while_the_senders_restart_arrives_afterwards(homeservers, 
     for homeserver, speaker, listener in zip(homeservers.values(), (alice, bob), (bob, alice), strict=True):
         senders = homeserver.owners()["federation-sender"]
         homeserver.systemctl("stop", *senders)
-        speaker.say(room, f"{speaker.id} while nobody sends")
-        assert f"{speaker.id} while nobody sends" not in listener.heard(room)
+        said = [f"{speaker.id} while nobody sends", f"{speaker.id} afterwards"]
+        speaker.say(room, said[0])
+        assert said[0] not in listener.heard(room)
         homeserver.systemctl("start", *senders)
-        speaker.say(room, f"{speaker.id} afterwards")
-        for text in (f"{speaker.id} while nobody sends", f"{speaker.id} afterwards"):
-            until(lambda: text in listener.heard(room), f"{text} arrives")
+        speaker.say(room, said[1])
+        hears(listener, room, *said)
