@@ -98,16 +98,6 @@ class Deployment:
         inspected = json.loads(shown or "[]")
         return {container["Name"].lstrip("/"): container for container in inspected}
 
-    def plan(self):
-        return self.host.salt("synapse_workers.plan")
-
-    def owners(self):
-        """The names of the processes by stream or type."""
-        found = {}
-        for process in self.plan()["processes"]:
-            found.setdefault(process["stream"] or process["type"], []).append(process["name"])
-        return found
-
     def answers(self):
         """Every request that went to a process, in the order of their ends."""
         line = re.compile(r'^.*? "([A-Z]+) (\S+) \S+" (\d+) .* to unix:\S*/(\S+)[.]sock: .* "(.*)"$', re.MULTILINE)
@@ -155,6 +145,14 @@ class Deployment:
 
     def user(self, name=None):
         return User(self.url, name or f"user-{secrets.token_hex(4)}")
+
+
+def owners_in(plan):
+    """The names of a plan's processes by stream or type."""
+    found = {}
+    for process in plan["processes"]:
+        found.setdefault(process["stream"] or process["type"], []).append(process["name"])
+    return found
 
 
 class Refused(Exception):

@@ -17,7 +17,7 @@ from pathlib import Path
 import proof
 import pytest
 from conftest import PILLAR
-from deployment import Deployment
+from deployment import Deployment, owners_in
 from host import CACHE, Host, ca_bundle, locked, progress
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -76,6 +76,11 @@ def deployment(host, request):
 
 
 @pytest.fixture(scope="module")
+def plan(deployment):
+    return deployment.host.salt("synapse_workers.plan")
+
+
+@pytest.fixture(scope="module")
 def installed():
     """The directory with both libraries and Node.js, none of which this machine need have."""
     named = [CLIENTS / name for name in ("requirements.txt", "package.json", "package-lock.json")]
@@ -114,7 +119,7 @@ def client(installed, request):
 
 
 @pytest.mark.parametrize("room_version", ["10", "12"])
-def test_people_are_served_each_request_by_whom_the_plan_has_for_it(deployment, client, room_version, request):
+def test_people_are_served_each_request_by_whom_the_plan_has_for_it(deployment, plan, client, room_version, request):
     command, environment = client
     agent = f"{request.node.name} {secrets.token_hex(4)}"
     done = subprocess.run(
@@ -126,7 +131,6 @@ def test_people_are_served_each_request_by_whom_the_plan_has_for_it(deployment, 
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
-    plan = deployment.plan()
     answers = [answer for answer in deployment.answers() if answer.agent == agent]
     assert [answer for answer in answers if answer.status >= 500] == []
     strays = [answer for answer in answers if answer.process not in planned(plan, answer)]
@@ -135,7 +139,7 @@ def test_people_are_served_each_request_by_whom_the_plan_has_for_it(deployment, 
         kind: {answer.process for answer in answers if fnmatchcase(f"{answer.method} {answer.path}", kind)}
         for kind in KINDS
     }
-    owners = deployment.owners()
+    owners = owners_in(plan)
     assert answered == {
         kind: set(next(owners[it] for it in [*preferred, "main"] if it in owners)) for kind, preferred in KINDS.items()
     }

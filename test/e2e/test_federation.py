@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from conftest import PILLAR
-from deployment import Deployment, until
+from deployment import Deployment, owners_in, until
 from host import Host
 
 NAMES = {"a.test": "synapse-fed-a", "b.test": "synapse-fed-b"}
@@ -107,7 +107,11 @@ def test_a_room_is_shared_with_all_that_was_said_before(homeservers, people, roo
 
     home = homeservers["a.test"]
     for kind in "GET v1/make_join", "PUT v2/send_join", "GET v1/backfill", "PUT v1/send":
-        assert answered_by(home, kind) == set(home.owners()["generic"])
+        assert answered_by(home, kind) == set(owners(home)["generic"])
+
+
+def owners(homeserver):
+    return owners_in(homeserver.host.salt("synapse_workers.plan"))
 
 
 def hears(person, room, *texts):
@@ -130,7 +134,7 @@ def test_what_is_said_while_the_senders_restart_arrives_afterwards(homeservers, 
     room = alice.room(preset="public_chat", room_version=room_version)
     bob.join(room, via="a.test")
     for homeserver, speaker, listener in zip(homeservers.values(), (alice, bob), (bob, alice), strict=True):
-        senders = homeserver.owners()["federation-sender"]
+        senders = owners(homeserver)["federation-sender"]
         homeserver.systemctl("stop", *senders)
         said = [f"{speaker.id} while nobody sends", f"{speaker.id} afterwards"]
         speaker.say(room, said[0])

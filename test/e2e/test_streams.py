@@ -12,7 +12,7 @@ import urllib.parse
 import proof
 import pytest
 from conftest import PILLAR
-from deployment import Deployment, quote
+from deployment import Deployment, owners_in, quote
 from host import Host
 
 STREAMS = proof.DATA["workers"]["streams"]
@@ -41,7 +41,7 @@ def deployment():
 
 @pytest.fixture(scope="module")
 def owners(deployment):
-    return deployment.owners()
+    return owners_in(deployment.host.salt("synapse_workers.plan"))
 
 
 @pytest.fixture(scope="module")
