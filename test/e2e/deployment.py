@@ -2,13 +2,26 @@
 
 import contextlib
 import json
+import re
 import secrets
 import time
+import typing
 import urllib.error
 import urllib.parse
 import urllib.request
 
 MAIN = "matrix-synapse"
+LOG = "/var/log/nginx/matrix-synapse.access.log"
+
+
+class Answer(typing.NamedTuple):
+    """What nginx's log says of a request that went to a process."""
+
+    method: str
+    path: str
+    status: int
+    process: str
+    agent: str
 
 
 def until(condition, what, seconds=60):
@@ -85,6 +98,12 @@ class Deployment:
         inspected = json.loads(shown or "[]")
         return {container["Name"].lstrip("/"): container for container in inspected}
 
+    def answers(self):
+        """Every request that went to a process, in the order of their ends."""
+        line = re.compile(r'^.*? "([A-Z]+) (\S+) \S+" (\d+) .* to unix:\S*/(\S+)[.]sock: .* "(.*)"$', re.MULTILINE)
+        found = line.findall(self.host.read(LOG))
+        return [Answer(method, path, int(status), *rest) for method, path, status, *rest in found]
+
     def starts(self):
         """When each container was started: a container that was restarted, or made anew, has another time."""
         return {name: container["State"]["StartedAt"] for name, container in self.containers().items()}
@@ -128,6 +147,14 @@ class Deployment:
         return User(self.url, name or f"user-{secrets.token_hex(4)}")
 
 
+def owners_in(plan):
+    """The names of a plan's processes by stream or type."""
+    found = {}
+    for process in plan["processes"]:
+        found.setdefault(process["stream"] or process["type"], []).append(process["name"])
+    return found
+
+
 class Refused(Exception):
     """The homeserver answered with an error."""
 
@@ -162,12 +189,12 @@ class User:
             headers["Authorization"] = f"Bearer {self.token}"
         return request(self.url + path, method, body, headers)[0]
 
-    def room(self, invite=()):
-        body = {"invite": list(invite), "preset": "private_chat"}
+    def room(self, invite=(), **options):
+        body = {"invite": list(invite), "preset": "private_chat"} | options
         return self.ask("POST", "/_matrix/client/v3/createRoom", body)["room_id"]
 
-    def join(self, room):
-        self.ask("POST", f"/_matrix/client/v3/join/{quote(room)}", {})
+    def join(self, room, via=""):
+        self.ask("POST", f"/_matrix/client/v3/join/{quote(room)}" + (f"?via={quote(via)}" if via else ""), {})
 
     def say(self, room, text):
         path = f"/_matrix/client/v3/rooms/{quote(room)}/send/m.room.message/{secrets.token_hex(8)}"

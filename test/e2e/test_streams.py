@@ -12,11 +12,10 @@ import urllib.parse
 import proof
 import pytest
 from conftest import PILLAR
-from deployment import Deployment, quote
+from deployment import Deployment, owners_in, quote
 from host import Host
 
 STREAMS = proof.DATA["workers"]["streams"]
-LOG = "/var/log/nginx/matrix-synapse.access.log"
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +41,7 @@ def deployment():
 
 @pytest.fixture(scope="module")
 def owners(deployment):
-    """The names of the processes by stream or type."""
-    found = {}
-    for process in deployment.host.salt("synapse_workers.plan")["processes"]:
-        found.setdefault(process["stream"] or process["type"], []).append(process["name"])
-    return found
+    return owners_in(deployment.host.salt("synapse_workers.plan"))
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +101,13 @@ def test_each_request_is_answered_by_its_owner(deployment, owners, alice, names)
     for number, (_, method, path, body) in enumerate(REQUESTS):
         body = body and json.loads(json.dumps(body).replace("EVENT", event).replace("USER", alice.id))
         alice.ask(method, path.format(**names), body, **{"User-Agent": f"request {number}"})
-    log = deployment.host.read(LOG)
+    answers = {answer.agent: answer for answer in deployment.answers()}
     answered = {}
     for number, (owner, method, path, _) in enumerate(REQUESTS):
-        lines = re.findall(rf'^.* to unix:\S*/(\S+)[.]sock: (\d+) .*"request {number}"$', log, re.MULTILINE)
-        name, status = lines[-1]
-        answered[f"{method} {path}"] = (owner if name in owners[owner] else name, status)
-    assert answered == {f"{method} {path}": (owner, "200") for owner, method, path, _ in REQUESTS}
+        answer = answers[f"request {number}"]
+        name = owner if answer.process in owners[owner] else answer.process
+        answered[f"{method} {path}"] = (name, answer.status)
+    assert answered == {f"{method} {path}": (owner, 200) for owner, method, path, _ in REQUESTS}
 
 
 @pytest.mark.parametrize(
