@@ -70,7 +70,7 @@ async function talk(alice, bob, room) {
 async function settings(alice, bob, room) {
     await bob.setPresence({ presence: "unavailable", status_msg: "at lunch" });
     await until(() => alice.getUser(bob.getUserId())?.presenceStatusMsg === "at lunch", "alice sees bob's presence");
-    assert.equal((await alice.getPresence(bob.getUserId())).presence, "unavailable");
+    assert.equal((await alice.getPresence(bob.getUserId())).status_msg, "at lunch");
 
     const got = new Promise((resolve) => bob.on("toDeviceEvent", (it) => it.getType() === "org.example.test" && resolve(it)));
     await alice.sendToDevice("org.example.test", new Map([[bob.getUserId(), new Map([[bob.getDeviceId(), { a: 1 }]])]]));

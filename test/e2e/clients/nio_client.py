@@ -115,7 +115,7 @@ async def talk(alice, bob, room):
 async def settings(alice, bob, room):
     good(await alice.set_presence("unavailable", "at lunch"))
     await bob.sees(nio.PresenceEvent, user_id=alice.user_id, status_msg="at lunch")
-    assert (good(await bob.get_presence(alice.user_id))).presence == "unavailable"
+    assert good(await bob.get_presence(alice.user_id)).status_msg == "at lunch"
 
     good(await alice.to_device(ToDeviceMessage("org.example.test", bob.user_id, bob.device_id, {"a": 1})))
     await bob.sees(nio.UnknownToDeviceEvent, type="org.example.test", sender=alice.user_id)
