@@ -7,6 +7,7 @@ machine mean little by themselves, so what has a goal is mostly a ratio.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -184,15 +185,18 @@ TCP_NGINX = """
 user root; pid /tmp/tcp.pid; daemon off; worker_processes 2; error_log stderr;
 events {{}}
 http {{
-    access_log off;
     resolver 127.0.0.11;
-    server {{
-        listen 8009;
-        set $worker {worker};
-        location / {{ proxy_pass http://$worker:8083; proxy_http_version 1.1; proxy_set_header Host $http_host; }}
-    }}
+    {configuration}
 }}
 """
+
+
+def by_tcp(configuration, worker):
+    """The formula's configuration of nginx, with the worker's TCP port, found by its name, in the place of all sockets."""
+    configuration = re.sub(r"^ *listen (?!8008).*\n", "", configuration, flags=re.MULTILINE)
+    configuration = configuration.replace("listen 8008;", "listen 8009;")
+    passed = f"set $synapse_worker {worker}; proxy_pass http://$synapse_worker:8083;"
+    return TCP_NGINX.format(configuration=configuration.replace("proxy_pass http://$synapse_upstream;", passed))
 
 
 def bench_nginx(bench):
@@ -204,7 +208,7 @@ def bench_nginx(bench):
     host.run("cp", f"/etc/matrix-synapse/workers/{worker}.yaml", "/root/worker.yaml")
     listener = "{port: 8083, bind_addresses: [0.0.0.0], type: http, x_forwarded: true, resources: [{names: [client]}]}"
     host.sh(f"sed -i 's/^worker_listeners:.*/&\\n- {listener}/' /etc/matrix-synapse/workers/{worker}.yaml")
-    host.write("/root/tcp.conf", TCP_NGINX.format(worker=worker))
+    host.write("/root/tcp.conf", by_tcp(host.read("/etc/nginx/conf.d/matrix-synapse.conf"), worker))
     host.sh(
         f"""systemctl restart {worker}
         image=$(docker inspect --format '{{{{.Config.Image}}}}' {worker})
