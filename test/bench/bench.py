@@ -29,8 +29,10 @@ FIGURES = {
     "start_floor_s": ("the same containers, all together, by plain docker start", None),
     "start_ratio": ("units over floor", 1.15),
     "rolling_s": ("restart of the 16 workers, one after the other", None),
-    "rolling_floor_s": ("sum of the workers' own start-up times", None),
+    "rolling_start_up_s": ("sum of the workers' own start-up times in it, as systemd-analyze blame counts them", None),
+    "rolling_floor_s": ("sum of their start-up times by plain docker start", None),
     "rolling_ratio": ("restart over start-up times", 1.15),
+    "rolling_over_floor": ("restart over plain docker start", None),
     "rolling_with_delay_s": ("the same with a delay of 5 s in each unit", None),
     "ready_lag_ms": ("from /health being true to systemd calling the unit active, the worst", 250),
     "worker_mb": ("memory of a worker's container, proportional set size", None),
@@ -133,8 +135,10 @@ def bench_rolling(bench):
     progress("rolling restart with a delay of 5 s in each unit")
     return {
         "rolling_s": statistics.median(row["restart"] for row in rounds),
-        "rolling_floor_s": statistics.median(row["start_up"] for row in rounds),
+        "rolling_start_up_s": statistics.median(row["start_up"] for row in rounds),
+        "rolling_floor_s": statistics.median(row["floor"] for row in rounds),
         "rolling_ratio": statistics.median(row["restart"] / row["start_up"] for row in rounds),
+        "rolling_over_floor": statistics.median(row["restart"] / row["floor"] for row in rounds),
         "rolling_with_delay_s": bench.probe("restart-with-delay", *workers),
     }
 
