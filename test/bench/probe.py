@@ -214,10 +214,16 @@ def outage(action):
                 good.append(time.monotonic())
             time.sleep(0.02)
 
-    asking = threading.Thread(target=ask)
+    def wait_for_a_good_one():
+        begin = time.monotonic()
+        while not good or good[-1] < begin:
+            time.sleep(0.02)
+
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
+    wait_for_a_good_one()
     action()
-    time.sleep(0.5)
+    wait_for_a_good_one()
     over.set()
     asking.join()
     return max(after - before for before, after in itertools.pairwise(good))
