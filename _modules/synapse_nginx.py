@@ -21,7 +21,7 @@ def context():
         Listeners, limits and answers.
 
     ``gates``
-        The sockets where requests wait for a process that is about to be back.
+        The units of the sockets where requests wait for a process that is about to be back.
 
     ``digest``
         A digest of all that makes the configuration: the running nginx is asked for it on ``nginx.status_socket``.
@@ -36,7 +36,11 @@ def context():
     plan = __salt__["synapse_workers.plan"]()
     known = {
         "plan": {key: plan[key] for key in ("upstreams", "routes", "kinds", "public")},
-        "gates": [upstream["gate"] for upstream in plan["upstreams"] if upstream["gate"]],
+        "gates": [
+            f"synapse-gate@{pathlib.PurePath(upstream['gate']).stem}.socket"
+            for upstream in plan["upstreams"]
+            if upstream["gate"]
+        ],
         "nginx": {
             "client": settings["nginx"]["client"],
             "internal": __salt__["synapse_appservice.listen"](),

@@ -345,28 +345,36 @@ def apply(todo):
     for verb in ("enable", "disable", "stop"):
         if todo[verb]:
             _systemctl(verb, *_services(todo[verb]))
-    together = _restarts_together(todo)
-    if together:
+    if _restarts_together(todo):
         # Main takes along the workers that run, and starts all that are enabled: not those that are about to go.
         leaving = [name for name in present() if name not in wanted and _text(name)]
         if leaving:
             _systemctl("disable", "--now", *_services(leaving))
-        _run_units("restart", [MAIN])
-    elif todo["restart"]:
-        __salt__["synapse_rolling.restart"](todo["restart"])
-    _run_units("start", [name for name in wanted if name in todo["start"] or (together and name != MAIN)])
+        steps = [(_run_units, "restart", [MAIN]), (_run_units, "start", [name for name in wanted if name != MAIN])]
+    else:
+        # Peers that are down come first, so that they can take over.
+        steps = [(_run_units, "start", todo["start"]), (__salt__["synapse_rolling.restart"], todo["restart"])]
+    failures = []
+    for do, *arguments in steps:
+        try:
+            if arguments[-1]:
+                do(*arguments)
+        except CommandExecutionError as err:
+            failures.append(str(err))
+    if failures:
+        raise CommandExecutionError("\n".join(failures))
 
 
 def _restarts_together(todo):
     """Whether something changed that all share: processes that know it and others that don't must not run side by side."""
     workers = [name for name in units() if name != MAIN]
     changed = [name for name in workers if name in todo["restart"] or name in todo["start"]]
-    return MAIN in todo["restart"] and workers and changed == workers
+    return MAIN in todo["restart"] and changed == workers != []
 
 
 def _run_units(verb, names):
     """Have systemd start or restart units, all together, and wait until they are healthy."""
-    if not names or _systemctl_result(verb, *_services(names))["retcode"] == 0:
+    if _systemctl_result(verb, *_services(names))["retcode"] == 0:
         return
     failed = [name for name in names if states([name])[name]["ActiveState"] != "active"]
     if failed:

@@ -7,7 +7,10 @@ requests in flight are the connections that are left. The socket that the proces
 """
 
 import contextlib
+import fcntl
+import os
 import pathlib
+import stat
 import time
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -31,8 +34,8 @@ def restart(names=None, drain=None):
     Returns a list of dicts, one for each process: ``name``, ``drained`` (seconds), ``cut_off`` (requests that were still in
     flight then) and ``restarted`` (seconds).
 
-    Raises SaltInvocationError for an argument that is none; CommandExecutionError if Synapse is under maintenance, or with the
-    end of its journal if a process does not become healthy: the rest is not touched then.
+    Raises SaltInvocationError for an argument that is none; CommandExecutionError if Synapse is under maintenance, if another
+    run is at work, or with the end of its journal if a process does not become healthy: the rest is not touched then.
 
     CLI Example:
 
@@ -51,13 +54,15 @@ def restart(names=None, drain=None):
     if fault := __salt__["synapse_maintenance.fault"]():
         raise CommandExecutionError(fault)
     done = []
-    for number, name in enumerate(names):
-        _tell(f"{name} ({number + 1} of {len(names)}) ...")
-        try:
-            done.append(_restart(name, planned[name]["public_socket"] if settings["nginx"]["managed"] else None, drain))
-        except CommandExecutionError as err:
-            rest = f"\nNot restarted: {', '.join(names[number + 1 :])}" if names[number + 1 :] else ""
-            raise CommandExecutionError(f"{err}{rest}") from err
+    with _alone():
+        for number, name in enumerate(names):
+            _tell(f"{name} ({number + 1} of {len(names)}) ...")
+            socket = planned[name]["public_socket"] if settings["nginx"]["managed"] else None
+            try:
+                done.append(_restart(name, socket, drain))
+            except CommandExecutionError as err:
+                rest = f"\nNot restarted: {', '.join(names[number + 1 :])}" if names[number + 1 :] else ""
+                raise CommandExecutionError(f"{err}{rest}") from err
     return done
 
 
@@ -88,17 +93,33 @@ def _restart(name, public_socket, drain):
 @contextlib.contextmanager
 def shut(path):
     """Nobody but root can enter a socket any more. It opens again if it is still there in the end."""
-    if path is None or not (socket := pathlib.Path(path)).is_socket():
-        yield
-        return
-    before = socket.stat()
-    socket.chmod(0)
+    with _socket(path) as opened:
+        if opened is None:
+            yield
+            return
+        mode = os.stat(opened).st_mode & 0o777
+        os.chmod(opened, 0)
+        try:
+            yield
+        finally:
+            # Also where it was removed: the process's new one is another.
+            os.chmod(opened, mode)
+
+
+@contextlib.contextmanager
+def _socket(path):
+    """A name for a socket that keeps its meaning, None if there is none: Synapse, which makes it, could put a link in its place."""
     try:
-        yield
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW) if path else None
+    except FileNotFoundError:
+        descriptor = None
+    if descriptor is None:
+        yield None
+        return
+    try:
+        yield f"/proc/self/fd/{descriptor}" if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            if socket.stat().st_ino == before.st_ino:
-                socket.chmod(before.st_mode & 0o777)
+        os.close(descriptor)
 
 
 def is_shut(path):
@@ -114,10 +135,20 @@ def is_shut(path):
 
         salt-call synapse_rolling.is_shut /run/matrix-synapse/public/matrix-synapse.sock
     """
-    try:
-        return path is not None and pathlib.Path(path).stat().st_mode & 0o777 == 0
-    except FileNotFoundError:
-        return False
+    with _socket(path) as opened:
+        return opened is not None and os.stat(opened).st_mode & 0o777 == 0
+
+
+@contextlib.contextmanager
+def _alone():
+    """One run at a time: two could take a process and its peer. The kernel gives it free when the run dies."""
+    path = f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/rolling.lock"
+    with open(path, "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise CommandExecutionError("Another rolling restart is at work") from err
+        yield
 
 
 def _drain(path, seconds):

@@ -543,7 +543,7 @@ def _upstream(route, processes):
     for key, owner in [("stream", route.get("stream"))] + [("type", kind) for kind in route.get("workers", [])]:
         servers = [p["public_socket"] for p in processes if owner and p[key] == owner and p["public_socket"]]
         if servers:
-            # There is nothing to balance over one process, and one process should have one pool of connections.
+            # There is nothing to balance over one process.
             balance = route.get("balance") if len(servers) > 1 else None
             words = ["synapse", "stream" if key == "stream" else None, owner.replace("-", "_"), balance]
             name = "_".join(filter(None, words))

@@ -22,15 +22,15 @@ nginx runs without Synapse:
 
 The gate is closed:
   cmd.run:
-    - name: systemctl stop synapse-gate.socket synapse-gate.service
-    - onlyif: systemctl is-active --quiet synapse-gate.socket
+    - name: systemctl stop 'synapse-gate@*.socket' 'synapse-gate@*.service'
+    - onlyif: systemctl is-active --quiet 'synapse-gate@*.socket'
     - require:
       - cmd: nginx runs without Synapse
 {%- for unit in ("socket", "service") %}
 
 The gate's {{ unit }} is gone:
   file.absent:
-    - name: /etc/systemd/system/synapse-gate.{{ unit }}
+    - name: /etc/systemd/system/synapse-gate@.{{ unit }}
     - require:
       - cmd: The gate is closed
 {%- endfor %}

@@ -5,6 +5,8 @@
 {%- if synapse.nginx.managed %}
 {%- set context = salt["synapse_nginx.context"]() %}
 {%- set file = "/etc/nginx/conf.d/matrix-synapse.conf" %}
+{%- set helpers = "/usr/local/lib/matrix-synapse" %}
+{%- set loaded = ([context.nginx.status_socket, context.digest] + context.gates) | join(" ") %}
 
 include:
   - synapse.config
@@ -12,7 +14,8 @@ include:
 
 nginx is installed:
   pkg.installed:
-    - name: {{ synapse.nginx.package }}
+    {#- The gate needs more of Python than the units' helpers. #}
+    - pkgs: [{{ synapse.nginx.package | json }}, python3]
     - require_in:
       - cmd: The directories of Synapse's sockets exist
 
@@ -23,8 +26,8 @@ nginx starts after Docker:
     - contents: |
         # Written by synapse-formula.
         [Unit]
-        Wants=docker.service synapse-gate.socket
-        After=docker.service synapse-gate.socket
+        Wants=docker.service {{ context.gates | join(" ") }}
+        After=docker.service {{ context.gates | join(" ") }}
         [Service]
         # A socket that a crash left behind would keep nginx from starting.
         ExecStartPre=-/usr/bin/rm --force {{ context.nginx.status_socket }} {{ context.nginx.back_door }}
@@ -35,10 +38,10 @@ nginx starts after Docker:
 
 The gate's {{ unit }} is declared:
   file.managed:
-    - name: /etc/systemd/system/synapse-gate.{{ unit }}
+    - name: /etc/systemd/system/synapse-gate@.{{ unit }}
     - source: salt://synapse/nginx/files/gate.{{ unit }}.jinja
     - template: jinja
-    - context: {{ {"gates": context.gates, "user": synapse.nginx.user} | json }}
+    - context: {{ {"run": synapse.directories.run, "user": synapse.nginx.user} | json }}
     - mode: "0644"
     - require_in:
       - cmd: nginx runs with this configuration
@@ -54,7 +57,7 @@ nginx is configured for Synapse:
     - makedirs: true
     {#- nginx itself accepts the whole of its configuration, with the candidate in it, before that replaces a good one. #}
     - tmp_ext: .conf
-    - check_cmd: /usr/local/lib/matrix-synapse/check-nginx {{ file }}
+    - check_cmd: {{ helpers }}/check-nginx {{ file }}
     - require:
       - pkg: nginx is installed
       - cmd: Synapse's Docker network exists
@@ -64,8 +67,8 @@ nginx is configured for Synapse:
 {#- The running nginx is asked which configuration it has: so a run that was cut off is put right by the next. #}
 nginx runs with this configuration:
   cmd.run:
-    - name: /usr/local/lib/matrix-synapse/load-nginx {{ context.nginx.status_socket }} {{ context.digest }}
-    - unless: /usr/local/lib/matrix-synapse/load-nginx --check {{ context.nginx.status_socket }} {{ context.digest }}
+    - name: {{ helpers }}/load-nginx {{ loaded }}
+    - unless: {{ helpers }}/nginx-is-loaded {{ loaded }}
     - require:
       - file: nginx is configured for Synapse
       - file: nginx starts after Docker
@@ -85,11 +88,11 @@ nginx starts at boot:
     - require:
       - pkg: nginx is installed
 
-{%- for helper in ("check-nginx.sh", "load-nginx.sh", "gate.py") %}
+{%- for helper in ("check-nginx.sh", "load-nginx.sh", "nginx-is-loaded.sh", "gate.py") %}
 
 The helper {{ helper }} is in place:
   file.managed:
-    - name: /usr/local/lib/matrix-synapse/{{ helper.partition(".")[0] }}
+    - name: {{ helpers }}/{{ helper.partition(".")[0] }}
     - source: salt://synapse/nginx/files/{{ helper }}
     - mode: "0755"
     - makedirs: true

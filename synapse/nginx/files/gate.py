@@ -1,23 +1,23 @@
 #!/usr/bin/python3 -IS
 """
-Holds requests for a Synapse process that is about to be back.
+Holds requests for a Synapse process that is about to be back: gate UNIT SOCKET
 
-nginx comes here when a process that has no peer takes no connection. systemd hands over the sockets that this program
-listens on (sd_listen_fds(3)), each DIRECTORY/gate/NAME.sock, for the process whose own is DIRECTORY/public/NAME.sock. A
-connection waits until the process takes it. It is refused at once when systemd neither runs the process nor is about to.
-When nobody has come for a while, the program ends, and systemd starts it for the next one.
+nginx comes here when a process that has no peer takes no connection. systemd hands over the socket that this program listens
+on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET. It is refused when systemd neither
+runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and systemd starts it for the next.
 """
 
 import asyncio
 import contextlib
-import os
-import pathlib
 import socket
+import sys
 
 FIRST_DESCRIPTOR = 3
+# Seconds
 LONGEST_WAIT = 60
 IDLE = 30
 PAUSE = 0.05
+BETWEEN_QUESTIONS = 1
 
 
 async def is_coming(unit):
@@ -25,7 +25,7 @@ async def is_coming(unit):
     command = ["systemctl", "show", "--property=ActiveState,Job", unit]
     asked = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     shown = dict(line.split("=", 1) for line in (await asked.communicate())[0].decode().split())
-    return shown.get("ActiveState") not in ("inactive", "failed") or shown.get("Job", "0") not in ("", "0")
+    return shown.get("ActiveState", "failed") not in ("inactive", "failed") or shown.get("Job", "0") not in ("", "0")
 
 
 def connect(path):
@@ -33,7 +33,7 @@ def connect(path):
     connection = socket.socket(socket.AF_UNIX)
     connection.setblocking(False)
     try:
-        connection.connect(str(path))
+        connection.connect(path)
         return connection
     except OSError:
         connection.close()
@@ -41,49 +41,43 @@ def connect(path):
 
 
 class Gate:
-    """Before one process. All who wait here share one look at it."""
+    """Before one process. All who wait here share what systemd says of it."""
 
-    def __init__(self, path):
-        self.unit = f"{path.stem}.service"
-        self.process = path.parents[1] / "public" / path.name
-        self.looking = None
+    def __init__(self, unit, path):
+        self.unit, self.path = unit, path
         self.guests = 0
-
-    async def look(self):
-        """Return whether the process takes connections, once it does or is known not to come."""
-        while await is_coming(self.unit):
-            if connection := connect(self.process):
-                connection.close()
-                return True
-            await asyncio.sleep(PAUSE)
-        return False
+        self.asked, self.coming = float("-inf"), None
 
     async def enter(self):
         """Return a connection to the process; None if it does not come."""
-        while not (connection := connect(self.process)):
-            if self.looking is None or self.looking.done():
-                self.looking = asyncio.create_task(self.look())
-            if not await asyncio.shield(self.looking):
+        while not (connection := connect(self.path)):
+            now = asyncio.get_running_loop().time()
+            if now - self.asked > BETWEEN_QUESTIONS:
+                self.asked, self.coming = now, asyncio.create_task(is_coming(self.unit))
+            if not await asyncio.shield(self.coming):
                 return None
+            await asyncio.sleep(PAUSE)
         return connection
 
-    @contextlib.contextmanager
-    def guest(self, writer):
+    async def serve(self, reader, writer):
         self.guests += 1
         try:
-            yield
-        finally:
-            self.guests -= 1
-            writer.close()
-
-    async def serve(self, reader, writer):
-        with self.guest(writer), contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(LONGEST_WAIT):
                 connection = await self.enter()
             if connection:
                 inner_reader, inner_writer = await asyncio.open_unix_connection(sock=connection)
                 with contextlib.closing(inner_writer):
                     await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            writer.close()
+            self.guests -= 1
+
+    async def nobody_is_here(self, pause):
+        await asyncio.sleep(pause)
+        while self.guests:
+            await asyncio.sleep(pause)
 
 
 async def copy(reader, writer):
@@ -93,26 +87,14 @@ async def copy(reader, writer):
     writer.write_eof()
 
 
-async def main():
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    listeners = [socket.socket(fileno=FIRST_DESCRIPTOR + number) for number in range(count)]
-    gates = [Gate(pathlib.Path(listener.getsockname())) for listener in listeners]
-    servers = [
-        await asyncio.start_unix_server(gate.serve, sock=listener)
-        for gate, listener in zip(gates, listeners, strict=True)
-    ]
-
-    async def nobody_is_here(pause):
-        await asyncio.sleep(pause)
-        while any(gate.guests for gate in gates):
-            await asyncio.sleep(pause)
-
-    await nobody_is_here(IDLE)
+async def main(unit, path):
+    gate, listener = Gate(unit, path), socket.socket(fileno=FIRST_DESCRIPTOR)
+    server = await asyncio.start_server(gate.serve, sock=listener, backlog=socket.SOMAXCONN)
+    await gate.nobody_is_here(IDLE)
     # Who is in the queue waits for the next run; who was let in is served by this one.
-    for server in servers:
-        server.close()
-    await nobody_is_here(PAUSE)
+    server.close()
+    await gate.nobody_is_here(PAUSE)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(*sys.argv[1:]))
