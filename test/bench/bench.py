@@ -209,15 +209,15 @@ def bench_nginx(bench):
     workers = {"list": [{"type": "generic"}, {"type": "stream-writer", "stream": "typing"}]}
     bench.apply(workers, **OPEN)
     # The same process listens at a TCP port besides.
-    host.run("cp", f"/etc/matrix-synapse/workers/{worker}.yaml", "/root/worker.yaml")
+    host.run("cp", f"/etc/matrix-synapse/workers/{worker}.yaml", "/var/tmp/worker.yaml")
     listener = "{port: 8083, bind_addresses: [0.0.0.0], type: http, x_forwarded: true, resources: [{names: [client]}]}"
     host.sh(f"sed -i 's/^worker_listeners:.*/&\\n- {listener}/' /etc/matrix-synapse/workers/{worker}.yaml")
-    host.write("/root/tcp.conf", by_tcp(host.read("/etc/nginx/conf.d/matrix-synapse.conf"), worker))
+    host.write("/var/tmp/tcp.conf", by_tcp(host.read("/etc/nginx/conf.d/matrix-synapse.conf"), worker))
     host.sh(
         f"""systemctl restart {worker}
         image=$(docker inspect --format '{{{{.Config.Image}}}}' {worker})
         docker run --detach --name tcp-nginx --network matrix-synapse --volume /:/host --user 0 --entrypoint chroot \
-          "$image" /host nginx -c /root/tcp.conf"""
+          "$image" /host nginx -c /var/tmp/tcp.conf"""
     )
     address = host.run(
         "docker", "inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", "tcp-nginx"
@@ -242,10 +242,10 @@ def bench_nginx(bench):
             ],
         },
     }
-    host.write("/root/requests.json", json.dumps(given), mode="0600")
+    host.write("/var/tmp/requests.json", json.dumps(given), mode="0600")
     progress("requests by three ways")
-    measured = bench.probe("requests", "/root/requests.json")
-    host.sh(f"docker rm --force tcp-nginx; mv /root/worker.yaml /etc/matrix-synapse/workers/{worker}.yaml")
+    measured = bench.probe("requests", "/var/tmp/requests.json")
+    host.sh(f"docker rm --force tcp-nginx; mv /var/tmp/worker.yaml /etc/matrix-synapse/workers/{worker}.yaml")
     found = {
         f"{key.replace(' ', '_')}_{what}": value for key, values in measured.items() for what, value in values.items()
     }

@@ -1,10 +1,11 @@
 """Clients that don't stop asking."""
 
+import collections
 import secrets
 import threading
 import time
 
-from deployment import Refused, quote
+from deployment import Refused, quote, until
 
 CLIENT = "/_matrix/client/v3"
 SLIDING_SYNC = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
@@ -14,8 +15,8 @@ class Load:
     """Clients at work, each a thread that asks again and again: ``sent`` and ``failed`` say what became of it."""
 
     def __init__(self, deployment):
-        self.deployment, self.over = deployment, threading.Event()
-        self.sent, self.failed = 0, []
+        self.over = threading.Event()
+        self.sent, self.answered, self.failed = 0, collections.Counter(), []
         alice, bob = deployment.user(), deployment.user()
         room = alice.room(invite=[bob.id])
         bob.join(room)
@@ -39,19 +40,28 @@ class Load:
             try:
                 self.sent += 1
                 work()
+                self.answered[what] += 1
             except (Refused, OSError) as err:
                 self.failed.append(f"{what}, {time.monotonic() - began:.1f} s: {err}")
-            time.sleep(0.02)
+            self.over.wait(0.02)
 
     def __enter__(self):
         self.threads = [threading.Thread(target=self.ask, args=work) for work in self.works.items()]
         for thread in self.threads:
             thread.start()
-        time.sleep(1)
+        self.wait_for_all_kinds()
         return self
 
-    def __exit__(self, *_):
-        time.sleep(1)
-        self.over.set()
+    def wait_for_all_kinds(self):
+        """One more good answer to each kind of request."""
+        before = self.answered.copy()
+        until(lambda: all(self.answered[what] > before[what] for what in self.works), "all are answered", 120)
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.wait_for_all_kinds()
+        finally:
+            self.over.set()
         for thread in self.threads:
             thread.join()

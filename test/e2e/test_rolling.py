@@ -24,6 +24,12 @@ def restarted(synapse, before):
     return {name for name, start in synapse.starts().items() if before.get(name) != start}
 
 
+def busy(synapse):
+    """The generic workers that have a request."""
+    rows = synapse.host.read("/proc/net/unix").splitlines()
+    return [name for name in GENERICS if any(" 03 " in row and row.endswith(f"/public/{name}.sock") for row in rows)]
+
+
 def test_all_processes_restart_and_no_request_fails(synapse):
     before = synapse.starts()
     with Load(synapse) as load:
@@ -78,10 +84,7 @@ def test_requests_are_waited_for_and_cut_off_after_the_time(synapse):
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(alice.sync(timeout=15000)))
     waiting.start()
-    time.sleep(0.5)
-    (row,) = synapse.host.salt("synapse_rolling.restart", [GENERICS[0]], drain=1)
-    if not row["cut_off"]:
-        (row,) = synapse.host.salt("synapse_rolling.restart", [GENERICS[1]], drain=1)
+    (row,) = synapse.host.salt("synapse_rolling.restart", until(lambda: busy(synapse), "a process has it"), drain=1)
     assert row["cut_off"] == 1
     assert row["drained"] < 3
     # nginx asked the other one for it.
@@ -94,15 +97,13 @@ def test_a_rolling_restart_that_is_killed_is_finished_by_the_next_apply(synapse)
     alice.sync()
     waiting = threading.Thread(target=alice.sync, kwargs={"timeout": 20000})
     waiting.start()
-    time.sleep(0.5)
-    names = json.dumps(GENERICS)
+    names = json.dumps(until(lambda: busy(synapse), "a process has it"))
     host.sh(f"salt-call --local synapse_rolling.restart '{names}' >/dev/null 2>&1 & echo $! >/run/rolling.pid")
 
     def shut():
         return host.sh(f"find {PUBLIC} -type s -perm 0 -printf '%f\\n'").stdout.split()
 
     until(shut, "a process is taken from nginx")
-    time.sleep(0.5)
     host.sh("kill -KILL $(cat /run/rolling.pid)")
     (left,) = [file.removesuffix(".sock") for file in shut()]
     assert left in GENERICS

@@ -50,6 +50,15 @@ def test_a_process_without_a_public_socket_has_nothing_to_shut(rolling, tmp_path
             assert not rolling.is_shut(path)
 
 
+def test_no_link_is_followed(rolling, listener):
+    link = listener.with_name("link.sock")
+    link.symlink_to(listener)
+    with rolling.shut(str(link)):
+        assert mode(listener) == 0o666
+    listener.chmod(0)
+    assert not rolling.is_shut(str(link))
+
+
 def test_requests_in_flight_are_the_connections_of_the_socket(rolling, listener):
     with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
         assert rolling._connections(str(listener)) == 0
