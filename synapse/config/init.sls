@@ -60,9 +60,9 @@ The directories of Synapse's sockets are declared:
       - user: Synapse's user exists
 
 The directories of Synapse's sockets exist:
-  cmd.run:
+  synapse_command.run:
     - name: systemd-tmpfiles --create /etc/tmpfiles.d/matrix-synapse.conf
-    - unless: >-
+    - done_if: >-
         cd {{ dirs.run }} && test "$(stat --format '%a %U %G' public private gate nginx root units)" =
         "$(printf '%s\n' '750 {{ user.name }} {{ synapse.nginx.user }}' '700 {{ user.name }} {{ user.group }}' '750 root {{ synapse.nginx.user }}' '755 root root' '700 root root' '711 root root')"
     - require:

@@ -15,10 +15,10 @@ The Docker engine is running:
     - require:
       - pkg: The Docker engine is installed
     - require_in:
-      - cmd: Synapse's Docker network exists
+      - synapse_command: Synapse's Docker network exists
 {%- endif %}
 
 Synapse's Docker network exists:
-  cmd.run:
+  synapse_command.run:
     - name: docker network create --subnet {{ network.subnet }} {{ network.name }}
-    - unless: docker network inspect --format '{{ "{{range .IPAM.Config}}{{println .Subnet}}{{end}}" }}' {{ network.name }} | grep --quiet --line-regexp --fixed-strings {{ network.subnet }}
+    - done_if: docker network inspect --format '{{ "{{range .IPAM.Config}}{{println .Subnet}}{{end}}" }}' {{ network.name }} | grep --quiet --line-regexp --fixed-strings {{ network.subnet }}

@@ -17,7 +17,7 @@ nginx is installed:
     {#- The gate needs more of Python than the units' helpers. #}
     - pkgs: [{{ synapse.nginx.package | json }}, python3]
     - require_in:
-      - cmd: The directories of Synapse's sockets exist
+      - synapse_command: The directories of Synapse's sockets exist
 
 {#- nginx listens for bridges on the gateway of their Docker network. #}
 nginx starts after Docker:
@@ -41,10 +41,10 @@ The gate's {{ unit }} is declared:
     - name: /etc/systemd/system/synapse-gate@.{{ unit }}
     - source: salt://synapse/nginx/files/gate.{{ unit }}.jinja
     - template: jinja
-    - context: {{ {"run": synapse.directories.run, "user": synapse.nginx.user} | json }}
+    - context: {{ {"helpers": helpers, "run": synapse.directories.run, "user": synapse.nginx.user} | json }}
     - mode: "0644"
     - require_in:
-      - cmd: nginx runs with this configuration
+      - synapse_command: nginx runs with this configuration
 {%- endfor %}
 
 nginx is configured for Synapse:
@@ -60,15 +60,15 @@ nginx is configured for Synapse:
     - check_cmd: {{ helpers }}/check-nginx {{ file }}
     - require:
       - pkg: nginx is installed
-      - cmd: Synapse's Docker network exists
-      - cmd: The directories of Synapse's sockets exist
+      - synapse_command: Synapse's Docker network exists
+      - synapse_command: The directories of Synapse's sockets exist
       - synapse_process: Synapse's processes are running
 
 {#- The running nginx is asked which configuration it has: so a run that was cut off is put right by the next. #}
 nginx runs with this configuration:
-  cmd.run:
+  synapse_command.run:
     - name: {{ helpers }}/load-nginx {{ loaded }}
-    - unless: {{ helpers }}/nginx-is-loaded {{ loaded }}
+    - done_if: {{ helpers }}/nginx-is-loaded {{ loaded }}
     - require:
       - file: nginx is configured for Synapse
       - file: nginx starts after Docker
@@ -79,7 +79,7 @@ nginx keeps no media:
   file.absent:
     - name: {{ context.nginx.media_cache_directory }}
     - require:
-      - cmd: nginx runs with this configuration
+      - synapse_command: nginx runs with this configuration
 {%- endif %}
 
 nginx starts at boot:
@@ -106,5 +106,5 @@ Nothing is left of removed workers:
     - require:
       - synapse_process: Synapse's processes are running
       {%- if synapse.nginx.managed %}
-      - cmd: nginx runs with this configuration
+      - synapse_command: nginx runs with this configuration
       {%- endif %}

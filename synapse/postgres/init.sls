@@ -1,6 +1,6 @@
 {#- PostgreSQL from the distribution's packages, with Synapse's role and database.
 
-    The SQL steps are cmd.run and not postgres_user and postgres_database: those states don't load before psql is
+    The SQL steps are commands, not postgres_user and postgres_database: those states don't load before psql is
     installed, and so can't say under test=True what a first run would do. -#}
 
 {%- from "synapse/map.jinja" import synapse with context %}
@@ -48,9 +48,9 @@ PostgreSQL is configured for Synapse:
 {#- The running server is asked which configuration it has: so a run that was cut off is put right by the next. What it can
     read, but not take over (pg_file_settings), wants a restart; with what it can't read, it would not come back. #}
 PostgreSQL runs with this configuration:
-  cmd.run:
+  synapse_command.run:
     - name: runuser --user postgres -- /usr/lib/postgresql/{{ version }}/bin/postgres -D {{ cluster }} -C max_connections >/dev/null && systemctl $({{ psql }} "select case when exists (select from pg_file_settings where error is not null) then 'restart' else 'reload-or-restart' end" || echo restart) {{ service }}
-    - unless: {{ psql }} "select current_setting('synapse_formula.digest', true) || (exists (select from pg_settings where pending_restart and name in ('{{ options | join("','") }}')))" | grep --quiet --line-regexp {{ digest }}false
+    - done_if: {{ psql }} "select current_setting('synapse_formula.digest', true) || (exists (select from pg_settings where pending_restart and name in ('{{ options | join("','") }}')))" | grep --quiet --line-regexp {{ digest }}false
     - require:
       - file: PostgreSQL is configured for Synapse
 
@@ -61,19 +61,19 @@ PostgreSQL starts at boot:
       - pkg: PostgreSQL is installed
 
 Synapse's database role exists:
-  cmd.run:
+  synapse_command.run:
     - name: runuser --user postgres -- createuser --cluster {{ version }}/main {{ user }}
-    - unless: {{ psql }} "select rolname from pg_roles" | grep --quiet --line-regexp {{ user }}
+    - done_if: {{ psql }} "select rolname from pg_roles" | grep --quiet --line-regexp {{ user }}
     - require:
-      - cmd: PostgreSQL runs with this configuration
+      - synapse_command: PostgreSQL runs with this configuration
       - user: Synapse's user exists
 
 Synapse's database exists:
-  cmd.run:
+  synapse_command.run:
     - name: runuser --user postgres -- createdb --cluster {{ version }}/main --owner {{ user }} --encoding UTF8 --locale C --template template0 {{ postgres.database }}
-    - unless: {{ psql }} "select datname from pg_database" | grep --quiet --line-regexp {{ postgres.database }}
+    - done_if: {{ psql }} "select datname from pg_database" | grep --quiet --line-regexp {{ postgres.database }}
     - require:
-      - cmd: Synapse's database role exists
+      - synapse_command: Synapse's database role exists
     - require_in:
       - synapse_process: Synapse's processes are running
 
@@ -82,7 +82,7 @@ The cluster of Synapse's data is recorded:
   synapse_postgres.recorded:
     - name: {{ version }}/main
     - require:
-      - cmd: Synapse's database exists
+      - synapse_command: Synapse's database exists
     - require_in:
       - synapse_process: Synapse's processes are running
 {%- endif %}

@@ -29,6 +29,6 @@ Synapse's processes are running:
   synapse_process.running:
     - require:
       - pkg: What the units' helpers run on is installed
-      - cmd: Synapse's Docker network exists
+      - synapse_command: Synapse's Docker network exists
       - synapse_config: Synapse's configuration is in place
-      - cmd: The directories of Synapse's sockets exist
+      - synapse_command: The directories of Synapse's sockets exist

@@ -38,9 +38,9 @@ Redis lets Synapse enter its socket:
 
 {#- The running server is asked which configuration it has: so a run that was cut off is put right by the next. #}
 Redis runs with this configuration:
-  cmd.run:
+  synapse_command.run:
     - name: systemctl daemon-reload && systemctl restart redis-server@synapse
-    - unless: redis-cli -s {{ socket }} config get proc-title-template | grep --quiet --fixed-strings {{ digest }}
+    - done_if: redis-cli -s {{ socket }} config get proc-title-template | grep --quiet --fixed-strings {{ digest }}
     - require:
       - file: Redis is configured for Synapse
       - file: Redis lets Synapse enter its socket

@@ -4,7 +4,7 @@ set -eu
 gates=$(shift 2 && echo "$*")
 
 loaded() {
-    /usr/local/lib/matrix-synapse/nginx-is-loaded "$@"
+    "$(dirname "$0")/nginx-is-loaded" "$@"
 }
 
 systemctl daemon-reload
