@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 
 from salt.exceptions import CommandExecutionError
 
@@ -479,7 +480,10 @@ def stop(name):
     """
     version, cluster = name.split("/")
     ran = _cluster(name)["running"]
-    _run("systemctl", "stop", f"postgresql@{version}-{cluster}")
+    if _is_starting(name):
+        # It waits for that to end: see start(). What systemd calls off is killed, and not stopped in order.
+        _run_all("systemctl", "start", _unit(name))
+    _run("systemctl", "stop", _unit(name))
     if _cluster(name)["running"]:
         # It was not systemd that started it.
         _run("pg_ctlcluster", "--skip-systemctl-redirect", "--mode=fast", version, cluster, "stop")
@@ -504,12 +508,39 @@ def start(name):
     cluster = _cluster(name)
     if cluster["running"]:
         return False
-    # Its unit calls any start a success.
-    _run_all("systemctl", "restart", f"postgresql@{name.replace('/', '-')}")
-    if not _cluster(name)["running"]:
+    # Debian's pg_ctlcluster, by which the unit starts it, goes on waiting for two seconds after the server answers.
+    _run_all("systemctl", "restart", "--no-block", _unit(name))
+    while not (answers := _answers(cluster)) and not _gave_up(name):
+        time.sleep(0.05)
+    if not answers:
         raise CommandExecutionError(f"PostgreSQL {name} does not start; its log ends:\n{_end_of(cluster['log'])}")
-    _query(cluster, "select 1 as up")
     return True
+
+
+def _answers(cluster):
+    """Whether it is this cluster's server that takes connections at its port."""
+    asked = [
+        f"{PROGRAMS.format(cluster['version'])}/pg_isready",
+        f"--host={cluster['sockets']}",
+        f"--port={cluster['port']}",
+    ]
+    return _runs(cluster["data"]) and _run_all(*asked)["retcode"] == 0
+
+
+def _gave_up(name):
+    """Whether neither a server is there nor systemd about to start one."""
+    return not (_is_starting(name) or _cluster(name)["running"])
+
+
+def _is_starting(name):
+    shown = dict(
+        line.split("=", 1) for line in _run("systemctl", "show", "--property=ActiveState,Job", _unit(name)).splitlines()
+    )
+    return shown["ActiveState"] == "activating" or shown["Job"] not in ("", "0")
+
+
+def _unit(name):
+    return f"postgresql@{name.replace('/', '-')}.service"
 
 
 def _end_of(file, lines=15):
@@ -551,9 +582,8 @@ def place_at(name, port, start_conf):
         os.chown(draft, file.stat().st_uid, file.stat().st_gid)
         draft.rename(file)
     # What starts at boot is known to systemd also by this; the formula's own state asks for it.
-    unit = f"postgresql@{version}-{short}.service"
-    if (start_conf == "auto") != os.path.lexists(f"/etc/systemd/system/multi-user.target.wants/{unit}"):
-        _run("systemctl", "--quiet", "--no-reload", "enable" if start_conf == "auto" else "disable", unit)
+    if (start_conf == "auto") != os.path.lexists(f"/etc/systemd/system/multi-user.target.wants/{_unit(name)}"):
+        _run("systemctl", "--quiet", "--no-reload", "enable" if start_conf == "auto" else "disable", _unit(name))
 
 
 def free_ports(count):

@@ -411,17 +411,12 @@ def _ask(query):
 
 
 def _ask_managed(query):
-    if not CLUSTERS.is_dir():
+    if not CLUSTERS.is_dir() or not _runs(version()):
         return []
-    server = f"--cluster={cluster()}"
-    # pg_isready(1): 2 says that nobody answered.
-    if _run("pg_isready", server)["retcode"] == 2:
-        return []
-    done = _run(
-        *("runuser", "--user=postgres", "--", "psql", server, "--no-psqlrc", "--csv", "--dbname=postgres"),
-        *("--command", query),
-    )
-    return _rows(done)
+    try:
+        return __salt__["synapse_cluster.query"](cluster(), query)
+    except CommandExecutionError as err:
+        raise CommandExecutionError(f"The database can't be asked: {err}") from err
 
 
 def _ask_external(settings, query):

@@ -191,9 +191,10 @@ def states(names):
 
         salt-call synapse_process.states '[matrix-synapse]'
     """
-    if not names:
-        return {}
-    loaded = _loaded()
+    return _states(names, _loaded()) if names else {}
+
+
+def _states(names, loaded):
     enabled = {path.stem for pattern in _patterns() for path in UNITS.glob(f"*.wants/{pattern}")}
     unloaded = {"active": "inactive", "sub": "dead"}
     return {
@@ -251,8 +252,12 @@ def present():
 
         salt-call synapse_process.present
     """
+    return _present(containers(), _loaded())
+
+
+def _present(there, loaded):
     files = {path.stem for pattern in _patterns() for path in UNITS.glob(pattern)}
-    return sorted(files | set(_loaded()) | set(containers()))
+    return sorted(files | set(loaded) | set(there))
 
 
 def _patterns():
@@ -527,10 +532,10 @@ def _sessions_of(name, counted):
 
 def _count():
     """The part of the census that says what is there at all, quick enough to be asked again and again during a stop."""
-    there = containers()
+    there, loaded = containers(), _loaded()
     names = __salt__["synapse_workers.names"]()
-    names += [name for name in present() if name not in names]
-    known = states(names)
+    names += [name for name in _present(there, loaded) if name not in names]
+    known = _states(names, loaded)
     processes = [
         {
             "name": name,
@@ -763,7 +768,7 @@ def stop(holder=None, reason="an operator's stop", kill=False, grace=None):
         before = _count()
         ran = left(before)
         __salt__["synapse_maintenance.close"]()
-        remaining = _terminate(grace)
+        remaining = _terminate(before, grace)
         killed = []
         if remaining and kill:
             killed = remaining
@@ -789,15 +794,16 @@ def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _terminate(grace):
-    """Have everything end by SIGTERM; return what is left after the grace time."""
+def _terminate(counted, grace):
+    """Have everything end by SIGTERM that a census found; return what is left after the grace time."""
     # The units' own `ExecStop=` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
     # automatic restart meets the lock. A unit that was past the lock already shows up later.
     asked, deadline = set(), time.monotonic() + grace
-    while (remaining := left(counted := _count())) and time.monotonic() < deadline:
+    while (remaining := left(counted)) and time.monotonic() < deadline:
         asked = _ask_to_end(counted, asked)
-        time.sleep(0.2)
-    if not [name for name, container in containers().items() if container["state"] == "running"]:
+        time.sleep(0.1)
+        counted = _count()
+    if "running" not in [process["container"] for process in counted["processes"]]:
         _systemctl_result("stop", *_services(present()))
         remaining = _wait_until_nothing_is_left(10)
     return remaining
@@ -819,7 +825,7 @@ def _ask_to_end(counted, asked):
 def _wait_until_nothing_is_left(seconds):
     deadline = time.monotonic() + seconds
     while (remaining := left(_count())) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.1)
     return remaining
 
 

@@ -272,8 +272,8 @@ def bench_requests(bench):
     return {"rolling_sent_requests": load.sent, "rolling_failed_requests": len(load.failed)}
 
 
-# Rows of event_json, about 1.4 kB each with their index.
-DOWNTIME_ROWS = {"100m": 70_000, "1g": 720_000, "4g": 2_900_000}
+# Messages, about 4 kB each with all that Synapse writes of them.
+DOWNTIME_MESSAGES = {"100m": 20_000, "1g": 243_000, "4g": 990_000}
 
 
 def bench_downtime(bench):
@@ -283,9 +283,9 @@ def bench_downtime(bench):
     bench.apply(workers, postgres={"options": {"ssl": "off", "max_wal_size": "4GB"}})
     bench.host.salt("synapse_postgres.preflight", version=18)
     found = {}
-    for size, rows in DOWNTIME_ROWS.items():
-        progress(f"filling event_json to {size}")
-        bench.probe("fill", str(rows))
+    for size, messages in DOWNTIME_MESSAGES.items():
+        progress(f"filling the tables to {size}")
+        bench.probe("fill", str(messages))
         # The one without a way back is last.
         for method in ("copy", "dump", "link"):
             progress(f"upgrade by {method}, {size}")
@@ -303,7 +303,7 @@ def bench_downtime(bench):
 
 
 def _downtimes():
-    return [f"{method}_{size}" for size in DOWNTIME_ROWS for method in ("link", "copy", "dump")]
+    return [f"{method}_{size}" for size in DOWNTIME_MESSAGES for method in ("link", "copy", "dump")]
 
 
 SECTIONS = {

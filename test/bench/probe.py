@@ -181,15 +181,37 @@ def script(text):
     run("bash", "-euo", "pipefail", "-c", text)
 
 
-def fill(rows):
-    """Have event_json hold so many rows, of text that does not compress."""
-    sql = f"""insert into event_json (event_id, room_id, internal_metadata, json, format_version)
-        select '$' || n || md5(n::text), '!bench:example.org', '{{}}',
-          (select string_agg(md5(n::text || m::text), '') from generate_series(1, 36) m), 4
-        from generate_series((select count(*) from event_json) + 1, {int(rows)}) n"""
+# What Synapse writes of a message, roughly in the proportions of a server with large rooms. Text does not compress. The order is
+# that of backfilled messages, whose numbers grow downwards and so are in nobody's way.
+FILL = """
+create temporary table message as select n, '!bench' || n % 500 || ':example.org' as room, '@user' || n % 3000 || ':example.org' as sender,
+    '$' || rtrim(translate(encode(sha256(n::text::bytea), 'base64'), '+/', '-_'), '=') as id
+  from generate_series((select count(*) from event_json) + 1, {events}) n;
+insert into event_json (event_id, room_id, internal_metadata, json, format_version)
+  select id, room, '{{}}', (select string_agg(md5(n::text || m::text), '') from generate_series(1, 30) m), 4 from message;
+insert into events (topological_ordering, event_id, type, room_id, processed, outlier, depth, origin_server_ts, received_ts, sender,
+    contains_url, instance_name, stream_ordering)
+  select n, id, 'm.room.message', room, true, false, n, 1600000000000 + n, 1600000000000 + n, sender, n % 20 = 0, 'master', -n
+  from message;
+insert into event_edges (event_id, prev_event_id, room_id) select id, md5(n::text) || id, room from message;
+insert into event_auth select id, md5(n::text) || m, room from message, generate_series(1, 3) m;
+insert into event_to_state_groups select id, n / 10 from message;
+insert into state_groups_state select n / 10, room, 'm.room.member', sender || m, md5(n::text) || m from message, generate_series(1, 2) m;
+insert into event_search (event_id, room_id, sender, key, vector, origin_server_ts, stream_ordering)
+  select id, room, sender, 'content.body', (select to_tsvector(string_agg('word' || n * m * 31 % 7919, ' ')) from generate_series(1, 12) m),
+    1600000000000 + n, -n from message;
+select setval('events_backfill_stream_seq', {events} + 1);
+"""
+
+
+def fill(events):
+    """Have Synapse's tables hold so many messages."""
     script(
-        f"""cd / && runuser -u postgres -- psql --quiet --cluster 15/main synapse --command "{sql}"
-        runuser -u postgres -- psql --quiet --cluster 15/main synapse --command "vacuum analyze event_json" --command checkpoint"""
+        f"""cd /
+        runuser -u postgres -- psql --quiet --cluster 15/main --set ON_ERROR_STOP=1 synapse >/dev/null <<'END'
+        {FILL.format(events=int(events))}
+END
+        runuser -u postgres -- psql --quiet --cluster 15/main synapse --command "vacuum analyze" --command checkpoint"""
     )
 
 
@@ -269,6 +291,12 @@ def upgrade(method):
     return seconds
 
 
+# By somebody who knows that pg_ctlcluster goes on waiting for two seconds after the server answers.
+START_BY_HAND = (
+    "systemctl start --no-block postgresql@18-hand; until pg_isready --quiet --cluster 18/hand; do sleep .05; done"
+)
+
+
 def upgrade_by_hand(method):
     """Stop Synapse and PostgreSQL, run the bare tool, start both: by somebody who types without a pause."""
     if method == "link":
@@ -279,7 +307,7 @@ def upgrade_by_hand(method):
         cp /etc/postgresql/15/main/pg_hba.conf /etc/postgresql/18/hand/"""
     )
     if method == "dump":
-        tool = f"""pg_ctlcluster 18 hand start
+        tool = f"""{START_BY_HAND}
         {{ runuser -u postgres -- {NEW_BIN}/pg_dumpall --host /run/postgresql --port 5432 |
           sed '/^CREATE ROLE postgres;$/d' |
           runuser -u postgres -- {NEW_BIN}/psql --no-psqlrc --quiet --host /run/postgresql --port 5440 postgres; }} >/dev/null
@@ -298,7 +326,7 @@ def upgrade_by_hand(method):
                 f"""cd /tmp; systemctl stop {MAIN}
                 {tool}
                 pg_conftool 18 hand set port 5432
-                pg_ctlcluster 18 hand start
+                {START_BY_HAND}
                 systemctl start {MAIN}"""
             ),
             wait_until_all_serve(),
