@@ -195,8 +195,8 @@ insert into events (topological_ordering, event_id, type, room_id, processed, ou
   from message;
 insert into event_edges (event_id, prev_event_id, room_id) select id, md5(n::text) || id, room from message;
 insert into event_auth select id, md5(n::text) || m, room from message, generate_series(1, 3) m;
-insert into event_to_state_groups select id, n / 10 from message;
-insert into state_groups_state select n / 10, room, 'm.room.member', sender || m, md5(n::text) || m from message, generate_series(1, 2) m;
+insert into event_to_state_groups select id, 1000000000 + n / 10 from message;
+insert into state_groups_state select 1000000000 + n / 10, room, 'm.room.member', sender || m, md5(n::text) || m from message, generate_series(1, 2) m;
 insert into event_search (event_id, room_id, sender, key, vector, origin_server_ts, stream_ordering)
   select id, room, sender, 'content.body', (select to_tsvector(string_agg('word' || n * m * 31 % 7919, ' ')) from generate_series(1, 12) m),
     1600000000000 + n, -n from message;
