@@ -36,11 +36,7 @@ def context():
     plan = __salt__["synapse_workers.plan"]()
     known = {
         "plan": {key: plan[key] for key in ("upstreams", "routes", "kinds", "public")},
-        "gates": [
-            f"synapse-gate@{pathlib.PurePath(upstream['gate']).stem}.socket"
-            for upstream in plan["upstreams"]
-            if upstream["gate"]
-        ],
+        "gates": [f"synapse-gate@{pathlib.PurePath(path).stem}.socket" for path in _gates(plan["upstreams"])],
         "nginx": {
             "client": settings["nginx"]["client"],
             "internal": __salt__["synapse_appservice.listen"](),
@@ -63,6 +59,11 @@ def context():
     inputs = json.dumps([known, templates, _certificates(settings)], sort_keys=True)
     known["digest"] = hashlib.sha256(inputs.encode()).hexdigest()
     return known
+
+
+def _gates(upstreams):
+    """Each once, in the order of the processes."""
+    return list(dict.fromkeys(path for upstream in upstreams for path in upstream["gates"]))
 
 
 def back_door():

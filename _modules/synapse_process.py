@@ -300,8 +300,7 @@ def pending():
     wanted = units()
     running = __salt__["synapse_pillar.settings"]()["process"]["running"]
     known, there = states(list(wanted)), containers()
-    sockets = {process["name"]: process["public_socket"] for process in __salt__["synapse_workers.plan"]()["processes"]}
-    shut = [name for name in wanted if __salt__["synapse_rolling.is_shut"](sockets[name])]
+    shut = __salt__["synapse_rolling.taken_out"]()
 
     def active(name):
         return known[name]["ActiveState"] in ("active", "reloading")
@@ -355,15 +354,16 @@ def apply(todo):
         leaving = [name for name in present() if name not in wanted and _text(name)]
         if leaving:
             _systemctl("disable", "--now", *_services(leaving))
-        steps = [(_run_units, "restart", [MAIN]), (_run_units, "start", [name for name in wanted if name != MAIN])]
+        workers = [name for name in wanted if name != MAIN]
+        steps = [(__salt__["synapse_rolling.restart_together"], [MAIN, *workers]), (_start, workers)]
     else:
         # Peers that are down come first, so that they can take over.
-        steps = [(_run_units, "start", todo["start"]), (__salt__["synapse_rolling.restart"], todo["restart"])]
+        steps = [(_start, todo["start"]), (__salt__["synapse_rolling.restart"], todo["restart"])]
     failures = []
-    for do, *arguments in steps:
+    for do, names in steps:
         try:
-            if arguments[-1]:
-                do(*arguments)
+            if names:
+                do(names)
         except CommandExecutionError as err:
             failures.append(str(err))
     if failures:
@@ -377,21 +377,30 @@ def _restarts_together(todo):
     return MAIN in todo["restart"] and changed == workers != []
 
 
-def _run_units(verb, names):
+def _start(names):
+    _have_run("start", names)
+
+
+def _have_run(verb, names, *options):
     """Have systemd start or restart units, all together, and wait until they are healthy."""
-    if _systemctl_result(verb, *_services(names))["retcode"] == 0:
+    if _systemctl_result(*options, verb, *_services(names))["retcode"] == 0:
         return
-    failed = [name for name in names if states([name])[name]["ActiveState"] != "active"]
+    known = states(names)
+    failed = [name for name in names if known[name]["ActiveState"] != "active"]
     if failed:
         raise CommandExecutionError("\n".join(_obituary(name) for name in failed))
 
 
-def restart(name):
+def restart(name, alone=True):
     """
-    Restart one process, and wait until it is healthy; the main process without its workers.
+    Restart one process, and wait until it is healthy.
 
     name
         The process's name.
+
+    alone
+        Whether the main process leaves its workers as they are; otherwise it takes those along that run, and all that are
+        enabled start once it is healthy.
 
     Raises CommandExecutionError if it does not become healthy, with the end of its journal.
 
@@ -401,9 +410,8 @@ def restart(name):
 
         salt-call synapse_process.restart matrix-synapse-worker-0-generic
     """
-    # systemd would take the workers along: systemctl(1), --job-mode=.
-    if _systemctl_result("--job-mode=ignore-dependencies", "restart", *_services([name]))["retcode"] != 0:
-        raise CommandExecutionError(_obituary(name))
+    # Source: systemctl(1), --job-mode=.
+    _have_run("restart", [name], *(["--job-mode=ignore-dependencies"] if alone else []))
 
 
 def _reload_is_due():
@@ -671,6 +679,10 @@ def status():
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"A stray: {_stray(stray)}" for stray in counted["strays"]]
     lines += [f"A stray: {_session(session)}" for session in _foreign(counted)]
+    lines += [
+        f"No requests: {name}, which a restart has taken from nginx; if that was cut off: salt-call synapse_rolling.restart '[{name}]'"
+        for name in __salt__["synapse_rolling.taken_out"]()
+    ]
     faults = [
         counted["sessions_fault"],
         __salt__["synapse_maintenance.fault"]() or __salt__["synapse_maintenance.unfinished"](),
@@ -891,10 +903,7 @@ def start(holder=None, opened=True, force=False):
         raise CommandExecutionError(unfinished)
     wanted = list(units())
     __salt__["synapse_maintenance.unlock"](holder)
-    if _systemctl_result("start", *_services(wanted))["retcode"] != 0:
-        known = states(wanted)
-        failed = [name for name in wanted if known[name]["ActiveState"] != "active"]
-        raise CommandExecutionError("\n".join(_obituary(name) for name in failed))
+    _start(wanted)
     sick = [name for name in wanted if not healthy(_private_socket(name))]
     if sick:
         raise CommandExecutionError(f"Started, but not healthy: {', '.join(sick)}")

@@ -18,6 +18,9 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 EVENT = "synapse/rolling"
 # Of a socket in /proc/net/unix that has a client, and of one that is not accepted yet: socket_state in linux/net.h.
 CONNECTED = ("02", "03")
+# Seconds that requests in flight have when all processes restart. Whatever takes longer is most likely a sync that waits for
+# events, and nobody is served meanwhile.
+TOGETHER = 5
 
 
 def restart(names=None, drain=None):
@@ -44,26 +47,57 @@ def restart(names=None, drain=None):
         salt-call synapse_rolling.restart
         salt-call synapse_rolling.restart '[matrix-synapse-worker-0-generic]' drain=60
     """
-    settings = __salt__["synapse_pillar.settings"]()
-    drain = settings["process"]["drain_timeout"] if drain is None else drain
-    planned = {process["name"]: process for process in __salt__["synapse_workers.plan"]()["processes"]}
+    drain = __salt__["synapse_pillar.settings"]()["process"]["drain_timeout"] if drain is None else drain
+    sockets = _public_sockets()
     if names is None:
-        states = __salt__["synapse_process.states"](list(planned))
-        names = [name for name in planned if states[name]["ActiveState"] != "inactive"]
-    _check(names, drain, planned)
+        states = __salt__["synapse_process.states"](list(sockets))
+        names = [name for name in sockets if states[name]["ActiveState"] != "inactive"]
+    _check(names, drain, sockets)
     if fault := __salt__["synapse_maintenance.fault"]():
         raise CommandExecutionError(fault)
     done = []
     with _alone():
         for number, name in enumerate(names):
             _tell(f"{name} ({number + 1} of {len(names)}) ...")
-            socket = planned[name]["public_socket"] if settings["nginx"]["managed"] else None
             try:
-                done.append(_restart(name, socket, drain))
+                done.append(_restart(name, sockets[name], drain))
             except CommandExecutionError as err:
                 rest = f"\nNot restarted: {', '.join(names[number + 1 :])}" if names[number + 1 :] else ""
                 raise CommandExecutionError(f"{err}{rest}") from err
     return done
+
+
+def restart_together(names):
+    """
+    Restart the main process, and with it its workers, since what they share has changed. New requests wait meanwhile; those
+    that are at work come to their end, if they do within a few seconds.
+
+    names
+        The processes that restart.
+
+    Raises CommandExecutionError if the main process does not become healthy, with the end of its journal, or if a rolling
+    restart is at work.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_rolling.restart_together '[matrix-synapse, matrix-synapse-worker-0-generic]'
+    """
+    sockets = _public_sockets()
+    paths = [sockets[name] for name in names if sockets[name]]
+    with _alone(), contextlib.ExitStack() as all_shut:
+        for path in paths:
+            all_shut.enter_context(shut(path))
+        _drain(paths, TOGETHER)
+        __salt__["synapse_process.restart"]("matrix-synapse", alone=False)
+
+
+def _public_sockets():
+    """Those that nginx passes requests to, by process; None for one that it has nothing for."""
+    managed = __salt__["synapse_pillar.settings"]()["nginx"]["managed"]
+    planned = __salt__["synapse_workers.plan"]()["processes"]
+    return {process["name"]: process["public_socket"] if managed else None for process in planned}
 
 
 def _check(names, drain, planned):
@@ -79,7 +113,7 @@ def _check(names, drain, planned):
 def _restart(name, public_socket, drain):
     begin = time.monotonic()
     with shut(public_socket):
-        cut_off = _drain(public_socket, drain) if public_socket else 0
+        cut_off = _drain([public_socket], drain) if public_socket else 0
         drained = time.monotonic()
         __salt__["synapse_process.restart"](name)
     return {
@@ -122,19 +156,20 @@ def _socket(path):
         os.close(descriptor)
 
 
-def is_shut(path):
+def taken_out():
     """
-    Return whether a process was taken from nginx, by a rolling restart that was cut off, and still has to restart.
-
-    path
-        Its public socket; None if it has none.
+    Return the names of the processes that nginx may not enter, as a restart is at work on them, or was cut off.
 
     CLI Example:
 
     .. code-block:: bash
 
-        salt-call synapse_rolling.is_shut /run/matrix-synapse/public/matrix-synapse.sock
+        salt-call synapse_rolling.taken_out
     """
+    return [name for name, path in _public_sockets().items() if _is_shut(path)]
+
+
+def _is_shut(path):
     with _socket(path) as opened:
         return opened is not None and os.stat(opened).st_mode & 0o777 == 0
 
@@ -151,19 +186,20 @@ def _alone():
         yield
 
 
-def _drain(path, seconds):
+def _drain(paths, seconds):
     """Wait until no request is in flight; return how many are after the time."""
     deadline = time.monotonic() + seconds
-    while (left := _connections(path)) and time.monotonic() < deadline:
+    while (left := _connections(paths)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
 
 
-def _connections(path):
-    """How many connections there are to a socket. The kernel lists them where the clients are, on this host: proc(5)."""
+def _connections(paths):
+    """How many connections there are to sockets. The kernel lists them where the clients are, on this host: proc(5)."""
+    ends = tuple(f" {path}" for path in paths)
     rows = pathlib.Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
     # Num RefCount Protocol Flags Type St Inode Path
-    return sum(row.split()[5] in CONNECTED and row.endswith(f" {path}") for row in rows[1:])
+    return sum(row.split()[5] in CONNECTED and row.endswith(ends) for row in rows[1:])
 
 
 def _tell(text):

@@ -462,7 +462,7 @@ def routing(processes, routes_data, version):
 
     ``upstreams``
         A list, main's first. Each has ``name``, ``balance`` (``user``, ``room``, ``origin`` or None), ``servers``, the
-        sockets of its processes, and ``gate``, the socket where requests wait if there is but one of them (or None).
+        sockets of its processes, and ``gates``, the sockets where requests wait for these.
 
     ``routes``
         A list in the order of precedence. Each has ``match``, a regular expression over ``METHOD:/raw/path?``, with
@@ -486,7 +486,7 @@ def routing(processes, routes_data, version):
         The release of Synapse, such as ``v1.163.2``; one that is no number is newer than all.
     """
     main = next(process["public_socket"] for process in processes if process["type"] == "main")
-    upstreams = {MAIN_UPSTREAM: {"name": MAIN_UPSTREAM, "balance": None, "servers": [main], "gate": _gate([main])}}
+    upstreams = {MAIN_UPSTREAM: {"name": MAIN_UPSTREAM, "balance": None, "servers": [main], "gates": [_gate(main)]}}
     found = []
     for route, match in matches(routes_data, version):
         upstream = _upstream(route, processes) or upstreams[MAIN_UPSTREAM]
@@ -547,15 +547,13 @@ def _upstream(route, processes):
             balance = route.get("balance") if len(servers) > 1 else None
             words = ["synapse", "stream" if key == "stream" else None, owner.replace("-", "_"), balance]
             name = "_".join(filter(None, words))
-            return {"name": name, "balance": balance, "servers": servers, "gate": _gate(servers)}
+            return {"name": name, "balance": balance, "servers": servers, "gates": [_gate(path) for path in servers]}
     return None
 
 
-def _gate(servers):
-    """Where requests wait for a process without peers: see ``synapse/nginx/files/gate.py``."""
-    if len(servers) > 1:
-        return None
-    path = pathlib.PurePath(servers[0])
+def _gate(public_socket):
+    """Where requests wait for a process: see ``synapse/nginx/files/gate.py``."""
+    path = pathlib.PurePath(public_socket)
     return str(path.parents[1] / "gate" / path.name)
 
 

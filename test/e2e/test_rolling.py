@@ -78,6 +78,16 @@ def test_an_apply_that_restarts_several_workers_of_a_type_fails_no_request(synap
     assert load.failed == []
 
 
+def test_a_change_that_all_share_restarts_them_together_and_requests_wait(synapse):
+    before = synapse.starts()
+    synapse.pillar["config"] = {**synapse.pillar.get("config", {}), "user_ips_max_age": "14d"}
+    with Load(synapse) as load:
+        synapse.apply()
+    assert restarted(synapse, before) == set(before)
+    assert load.failed == []
+    assert synapse.apply(test=True) == {}
+
+
 def test_requests_are_waited_for_and_cut_off_after_the_time(synapse):
     alice = synapse.user()
     alice.sync()
@@ -107,6 +117,7 @@ def test_a_rolling_restart_that_is_killed_is_finished_by_the_next_apply(synapse)
     host.sh("kill -KILL $(cat /run/rolling.pid)")
     (left,) = [file.removesuffix(".sock") for file in shut()]
     assert left in GENERICS
+    assert f"No requests: {left}" in host.salt("synapse_process.status")
     # Users are served by the other.
     assert alice.ask("GET", f"{CLIENT}/joined_rooms") == {"joined_rooms": []}
     changes = synapse.apply()

@@ -395,7 +395,7 @@ class Nginx(Front):
         for side in ("public", "gate"):
             (directory / side).mkdir(parents=True)
         seen = collections.Counter()
-        self.processes = {}
+        self.processes, self.gates = {}, {}
         planned = []
         for kind in ["main", *kinds]:
             seen[kind] += 1
@@ -414,8 +414,13 @@ class Nginx(Front):
 
     def __exit__(self, *_):
         super().__exit__()
-        for process in self.processes.values():
+        for process in [*self.processes.values(), *self.gates.values()]:
             process.stop()
+
+    def add_gates(self):
+        """Stand-ins for the programs that hold requests."""
+        for name in self.processes:
+            self.gates[name] = Process(f"gate of {name}", self.directory / "gate" / f"{name}.sock")
 
     def ask(self, method, uri, headers=None, body=None, federation=False, tls=None):
         """Send a request with the URI just as it stands here; return status, headers and body (parsed, if there is one)."""
@@ -745,22 +750,63 @@ def test_a_process_without_a_peer_answers_as_soon_as_it_is_back(directory):
             assert [nginx.who(*typing) for _ in range(5)] == ["typing.1"] * 5
 
 
+TYPING = ("PUT", "/_matrix/client/v3/rooms/!r:x/typing/@u:x")
+
+
 def test_for_a_process_without_a_peer_a_request_goes_to_the_gate(directory):
-    typing = "/_matrix/client/v3/rooms/!r:x/typing/@u:x"
     with Nginx(directory / "gate", ["generic", "generic", "typing"]) as nginx:
-        gates = [
-            Process(f"gate of {name}", nginx.directory / "gate" / f"{name}.sock") for name in ("typing.1", "main.1")
-        ]
-        try:
-            nginx.processes["typing.1"].stop()
-            nginx.processes["main.1"].stop()
-            assert nginx.who("PUT", typing, body="{}") == "gate of typing.1"
-            assert nginx.who("GET", "/_matrix/client/v3/pushers") == "gate of main.1"
-            nginx.processes["typing.1"] = nginx.processes["typing.1"].start_again()
-            assert nginx.who("PUT", typing, body="{}") == "typing.1"
-        finally:
-            for gate in gates:
-                gate.stop()
+        nginx.add_gates()
+        for name, request in (("typing.1", TYPING), ("main.1", ("GET", "/_matrix/client/v3/pushers"))):
+            nginx.processes[name].stop()
+            assert nginx.who(*request) == f"gate of {name}"
+            nginx.processes[name] = nginx.processes[name].start_again()
+            assert nginx.who(*request) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "uri"),
+    [
+        # By a hash, and by their number of connections.
+        ("generic", "GET", "/_matrix/client/v3/sync?access_token=syt_YQ_x"),
+        ("generic", "POST", "/_matrix/client/v3/rooms/!r:x/leave"),
+        ("generic", "GET", "/_matrix/client/v3/joined_rooms"),
+        ("media-repository", "POST", "/_matrix/media/v3/upload"),
+    ],
+)
+def test_a_request_goes_to_a_gate_once_no_peer_takes_it(directory, kind, method, uri):
+    body = "x" * 100000 if method == "POST" else None
+    with Nginx(directory / "peers", [kind, kind]) as nginx:
+        nginx.add_gates()
+        nginx.processes[f"{kind}.1"].stop()
+        assert {nginx.who(method, uri, body=body) for _ in range(5)} == {f"{kind}.2"}
+        nginx.processes[f"{kind}.2"].stop()
+        assert nginx.who(method, uri, body=body) in {f"gate of {kind}.1", f"gate of {kind}.2"}
+        for gate in nginx.gates.values():
+            gate.stop()
+        status, headers, content = nginx.ask(method, uri, body=body)
+        assert (status, content["errcode"]) == (502, "M_UNKNOWN")
+
+
+@pytest.mark.parametrize(
+    ("method", "uri", "again"),
+    [
+        ("GET", "/_matrix/client/v3/rooms/!r:x/state/m.room.topic", True),
+        ("PUT", "/_matrix/client/v3/rooms/!r:x/state/m.room.topic", True),
+        ("POST", "/_matrix/client/v3/rooms/!r:x/leave", False),
+    ],
+)
+def test_a_request_over_which_the_last_peer_died_waits_if_it_may_be_sent_again(directory, method, uri, again):
+    with Nginx(directory / "died", ["generic", "generic"]) as nginx:
+        nginx.add_gates()
+        nginx.processes["generic.2"].stop()
+        last, answers = nginx.processes["generic.1"], []
+        last.answer = lambda headers: time.sleep(5)
+        asking = threading.Thread(target=lambda: answers.append(nginx.who(method, uri)))
+        asking.start()
+        assert last.came.acquire(timeout=10)
+        last.stop()
+        asking.join()
+        assert answers[0] in ({"gate of generic.1", "gate of generic.2"} if again else {502})
 
 
 def test_while_the_switch_is_there_every_request_is_told_to_come_back(directory):

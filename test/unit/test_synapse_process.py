@@ -466,7 +466,7 @@ def test_a_process_that_does_not_answer_is_not_healthy(process, listener, tmp_pa
     [([MAIN], False), ([FIRST], False), ([FIRST, SECOND], False), ([MAIN, FIRST], False), (NAMES, True)],
 )
 def test_only_what_all_share_restarts_them_together(minion, process, host, outdated, together):
-    asked, rolled = [], []
+    asked, rolled, restarted = [], [], []
 
     def run_all(command, **kwargs):
         if command[0] == "docker" or command[1] in ("show", "list-units"):
@@ -476,17 +476,25 @@ def test_only_what_all_share_restarts_them_together(minion, process, host, outda
 
     minion.salt["cmd.run_all"] = run_all
     minion.salt["synapse_rolling.restart"] = rolled.append
+    minion.salt["synapse_rolling.restart_together"] = restarted.append
     for name in outdated:
         host.inputs[name] = "others"
     todo = process.pending()
     assert todo == {**NOTHING, "restart": outdated}
     process.apply(todo)
-    workers = [["systemctl", "start", f"{FIRST}.service", f"{SECOND}.service"]]
-    assert asked == ([["systemctl", "restart", f"{MAIN}.service"], *workers] if together else [])
+    assert restarted == ([NAMES] if together else [])
+    assert asked == ([["systemctl", "start", f"{FIRST}.service", f"{SECOND}.service"]] if together else [])
     assert rolled == ([] if together else [outdated])
 
 
+@pytest.mark.parametrize(("alone", "options"), [(True, ["--job-mode=ignore-dependencies"]), (False, [])])
+def test_main_restarts_with_its_workers_or_without(minion, process, alone, options):
+    asked = []
+    minion.salt["cmd.run_all"] = lambda command, **kwargs: asked.append(command) or {"retcode": 0}
+    process.restart(MAIN, alone)
+    assert asked == [["systemctl", *options, "restart", f"{MAIN}.service"]]
+
+
 def test_what_a_rolling_restart_did_not_give_back_is_restarted(minion, process, host):
-    shut = next(it["public_socket"] for it in minion.synapse_workers.plan()["processes"] if it["name"] == FIRST)
-    minion.salt["synapse_rolling.is_shut"] = lambda path: path == shut
+    minion.salt["synapse_rolling.taken_out"] = lambda: [FIRST]
     assert process.pending() == {**NOTHING, "restart": [FIRST]}

@@ -31,9 +31,9 @@ def mode(path):
 def test_a_socket_is_shut_for_a_while(rolling, listener):
     with rolling.shut(str(listener)):
         assert mode(listener) == 0
-        assert rolling.is_shut(str(listener))
+        assert rolling._is_shut(str(listener))
     assert mode(listener) == 0o666
-    assert not rolling.is_shut(str(listener))
+    assert not rolling._is_shut(str(listener))
 
 
 def test_a_socket_that_a_new_process_bound_is_left_alone(rolling, listener):
@@ -47,7 +47,7 @@ def test_a_socket_that_a_new_process_bound_is_left_alone(rolling, listener):
 def test_a_process_without_a_public_socket_has_nothing_to_shut(rolling, tmp_path):
     for path in (None, str(tmp_path / "none")):
         with rolling.shut(path):
-            assert not rolling.is_shut(path)
+            assert not rolling._is_shut(path)
 
 
 def test_no_link_is_followed(rolling, listener):
@@ -56,16 +56,31 @@ def test_no_link_is_followed(rolling, listener):
     with rolling.shut(str(link)):
         assert mode(listener) == 0o666
     listener.chmod(0)
-    assert not rolling.is_shut(str(link))
+    assert not rolling._is_shut(str(link))
 
 
 def test_requests_in_flight_are_the_connections_of_the_socket(rolling, listener):
     with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
-        assert rolling._connections(str(listener)) == 0
+        assert rolling._connections([str(listener)]) == 0
         first.connect(str(listener))
         second.connect(str(listener))
         # Also those that are not accepted yet.
-        assert rolling._connections(str(listener)) == 2
+        assert rolling._connections(["/run/another.sock", str(listener)]) == 2
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_what_restarts_together_is_shut_until_it_has(rolling, minion, listener, managed):
+    directory = listener.parent / "run"
+    for name in ("public", "root"):
+        (directory / name).mkdir(parents=True)
+    public = directory / "public/matrix-synapse.sock"
+    listener.rename(public)
+    minion.run(minion.good_pillar({"directories:run": str(directory), "nginx:managed": managed}))
+    seen = []
+    minion.salt["synapse_process.restart"] = lambda name, alone: seen.append((name, alone, mode(public)))
+    rolling.restart_together(["matrix-synapse"])
+    assert seen == [("matrix-synapse", False, 0 if managed else 0o666)]
+    assert mode(public) == 0o666
 
 
 @pytest.mark.parametrize(
