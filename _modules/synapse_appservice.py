@@ -13,7 +13,6 @@ import pathlib
 import re
 import secrets
 import stat
-import tempfile
 import urllib.parse
 
 import salt.utils.yaml
@@ -609,19 +608,7 @@ def _write(path, data):
         if not _is_private(directory):
             os.makedirs(os.path.dirname(directory), mode=0o755, exist_ok=True)
             os.mkdir(directory, 0o700)
-        descriptor, temporary = tempfile.mkstemp(prefix=".", dir=directory)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as handle:
-                json.dump(data, handle, indent=1)
-                handle.flush()
-                os.fsync(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        __salt__["synapse_files.write"](path, json.dumps(data, indent=1))
     except OSError as err:
         raise CommandExecutionError(f"{path}: {err.strerror}") from err
 

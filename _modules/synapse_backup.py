@@ -9,18 +9,15 @@ whole there. All work is done by PostgreSQL's own tools.
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -123,7 +120,7 @@ def create(media=None):
             verified = _verify(partial, manifest)
             final = directory / f"{now:{STAMP}}"
             partial.rename(final)
-            _sync(directory)
+            __salt__["synapse_files.sync"](directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -379,36 +376,11 @@ def _settings():
 
 @contextlib.contextmanager
 def _alone():
-    """Only one run at a time. The lock ends with the process that holds it."""
-    with open(RUN_LOCK, "w", encoding="utf-8") as lock, _signalled(_hung_up, signal.SIGHUP):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise CommandExecutionError("Another backup, verification or restore is running") from err
+    with __salt__["synapse_runs.alone"](RUN_LOCK, "Another backup, verification or restore is running"):
         try:
             yield
         except OSError as err:
             raise CommandExecutionError(f"{type(err).__name__}: {err}") from err
-
-
-@contextlib.contextmanager
-def _signalled(handler, *numbers):
-    """Have signals handled otherwise for a while. Children that are started meanwhile ignore what is ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        # A signal meets the main thread alone, which is not at work here.
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, was in before.items():
-            signal.signal(number, was)
-
-
-def _hung_up(number, frame):
-    # As Ctrl-C: nothing takes it for a failure of its own.
-    raise KeyboardInterrupt("The terminal is gone")
 
 
 def busy():
@@ -421,14 +393,7 @@ def busy():
 
         salt-call synapse_backup.busy
     """
-    try:
-        with open(RUN_LOCK, encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+    return __salt__["synapse_runs.busy"](RUN_LOCK)
 
 
 def _directory(settings):
@@ -549,7 +514,7 @@ def _write(partial, now, media, settings):
         "files": _seal(partial),
     }
     text = json.dumps(manifest, indent=1) + "\n"
-    _put(partial / "manifest.json", text.encode(), 0, 0o600)
+    __salt__["synapse_files.write"](partial / "manifest.json", text)
     return manifest
 
 
@@ -618,35 +583,17 @@ def _seal(partial):
             path = pathlib.Path(directory, name)
             os.chown(path, 0, 0)
             path.chmod(0o600)
-            _sync(path)
+            __salt__["synapse_files.sync"](path)
             files[str(path.relative_to(partial))] = {"size": path.stat().st_size, "sha256": _checksum(path)}
         os.chown(directory, 0, 0)
         os.chmod(directory, 0o700)
-        _sync(directory)
+        __salt__["synapse_files.sync"](directory)
     return files
 
 
 def _checksum(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _put(path, content, gid, mode):
-    """Write a file of root's, as a whole or not at all."""
-    draft = path.with_name(f"{path.name}.new")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-        os.fchown(file.fileno(), 0, gid)
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync(path.parent)
 
 
 # Proving one
@@ -930,7 +877,7 @@ def _stem(settings):
 def _enter(journal, phase, settings):
     """Note what is done from here on, before it is done."""
     journal["phase"] = phase
-    _put(_journal_file(settings), (json.dumps(journal, indent=1) + "\n").encode(), 0, 0o600)
+    __salt__["synapse_files.write"](_journal_file(settings), json.dumps(journal, indent=1) + "\n")
     _tell(f"restore: {phase}")
 
 
@@ -1023,7 +970,7 @@ def _place(file, directory, settings):
     mode = RESTORED[directory.name]
     # What is not root's alone, Synapse reads.
     gid = __salt__["file.group_to_gid"](settings["user"]["group"]) if mode & 0o040 else 0
-    _put(directory / file.name, file.read_bytes(), gid, mode)
+    __salt__["synapse_files.write"](directory / file.name, file.read_bytes(), gid, mode)
 
 
 def _put_aside(journal, settings):
@@ -1037,7 +984,7 @@ def _put_aside(journal, settings):
         _copy_tree(data / name, draft / name)
     _seal(draft)
     draft.rename(aside)
-    _sync(data)
+    __salt__["synapse_files.sync"](data)
 
 
 def _take_back(journal, settings):
@@ -1063,7 +1010,7 @@ def _undone(journal, settings):
 
 def _undo(journal, settings):
     """Put back the database and files of before, start Synapse if it was stopped; return in words what was done."""
-    with _signalled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with __salt__["synapse_runs.undisturbed"]():
         return _put_all_back(journal, settings)
 
 

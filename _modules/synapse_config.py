@@ -341,20 +341,8 @@ def _make_directory(path, gid):
 
 
 def _replace(path, text, gid):
-    """Replace a file as a whole: after a power failure as well, it is the one before or this one."""
-    new = f"{path}.new"
-    _put(new, text, gid)
-    _sync(new)
-    os.replace(new, path)
-    _sync(os.path.dirname(path))
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _make_directory(os.path.dirname(path), gid)
+    __salt__["synapse_files.write"](path, text, gid, MODE)
 
 
 def _put(path, text, gid):

@@ -7,7 +7,6 @@ requests in flight are the connections that are left. The socket that the proces
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import stat
@@ -174,16 +173,10 @@ def _is_shut(path):
         return opened is not None and os.stat(opened).st_mode & 0o777 == 0
 
 
-@contextlib.contextmanager
 def _alone():
-    """One run at a time: two could take a process and its peer. The kernel gives it free when the run dies."""
-    path = f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/rolling.lock"
-    with open(path, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise CommandExecutionError("Another rolling restart is at work") from err
-        yield
+    """Two runs could take a process and its peer."""
+    lock = f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/rolling.lock"
+    return __salt__["synapse_runs.alone"](lock, "Another rolling restart is at work")
 
 
 def _drain(paths, seconds):

@@ -10,15 +10,12 @@ the new cluster, the way is back; from then on, it is forward.
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import json
 import os
 import pathlib
 import secrets
 import shutil
-import signal
-import threading
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -84,6 +81,10 @@ def _lock_file():
     return f"{_data()}/postgres-upgrade.lock"
 
 
+def _progress_file():
+    return f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/postgres-upgrade.progress"
+
+
 def _reserve_file():
     return f"{_data()}/postgres-upgrade.reserve"
 
@@ -126,7 +127,7 @@ def write_record(cluster):
 def journal():
     """
     Return what the last upgrade did, or is doing: a dict with ``old`` and ``new`` (clusters), ``method``, ``phases`` (a list
-    of dicts with ``name``, ``began`` and ``ended``), ``progress``, ``outcome`` (None while it is not over, ``done``,
+    of dicts with ``name``, ``began`` and ``ended``), ``outcome`` (None while it is not over, ``done``,
     ``rolled back``) and ``error``; None if there never was one.
 
     CLI Example:
@@ -146,60 +147,21 @@ def _read(path):
 
 
 def _write(path, content):
-    """Whole or not at all, also when the power goes."""
-    draft = f"{path}.new"
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    __salt__["synapse_files.write"](path, json.dumps(content, indent=1), mode=0o644)
 
 
 def _now():
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-@contextlib.contextmanager
 def _alone():
-    """One run at a time. The kernel gives it free when the process dies."""
-    with open(_lock_file(), "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise CommandExecutionError(
-                "Another run is at work on Synapse's PostgreSQL: see salt-call synapse_postgres.status"
-            ) from err
-        # As by default a terminal that goes away would end it on the spot, with nothing undone.
-        with _handling(
-            _hang_up, *[number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_DFL]
-        ):
-            yield
-
-
-def _hang_up(*_):
-    raise SystemExit("its terminal was closed")
+    return __salt__["synapse_runs.alone"](
+        _lock_file(), "Another run is at work on Synapse's PostgreSQL: see salt-call synapse_postgres.status"
+    )
 
 
 def _undisturbed():
-    """Until the way back came to its end nobody gives up: neither here, nor in the programs that are called meanwhile."""
-    return _handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def _handling(handler, *numbers):
-    # Only there can it be said, and only there it matters.
-    numbers = numbers if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+    return __salt__["synapse_runs.undisturbed"]()
 
 
 def running():
@@ -212,14 +174,7 @@ def running():
 
         salt-call synapse_upgrade.running
     """
-    try:
-        with open(_lock_file(), encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+    return __salt__["synapse_runs.busy"](_lock_file())
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -300,7 +255,6 @@ def _begin(old, new, **how):
         "new": new,
         **how,
         "phases": [],
-        "progress": None,
         # Whether the new cluster was made, and whether the way back is gone.
         "made": False,
         "final": False,
@@ -334,7 +288,7 @@ def _go_through(entry, first):
 def _enter(entry, name):
     _leave(entry)
     entry["phases"].append({"name": name, "began": _now(), "ended": None})
-    entry["progress"] = None
+    pathlib.Path(_progress_file()).unlink(missing_ok=True)
     _write(journal_file(), entry)
     _tell(f"{name} ...")
 
@@ -349,7 +303,8 @@ def _leave(entry):
 def _end(entry, outcome):
     _use_reserve()
     _leave(entry)
-    entry.update(outcome=outcome, progress=None)
+    entry["outcome"] = outcome
+    pathlib.Path(_progress_file()).unlink(missing_ok=True)
     if outcome == "done":
         _write(_served_file(), entry)
     _write(journal_file(), entry)
@@ -387,11 +342,10 @@ def _progress(entry):
     """What is called with the number of bytes in the new cluster."""
 
     def tell(done):
-        entry["progress"] = {"done": done, "total": entry["about"]["size"]}
-        # On a full disk it is the tool that has to fail.
-        with contextlib.suppress(OSError):
-            _write(journal_file(), entry)
-        _tell(f"{_phase(entry)}: {_of(entry['progress'])}")
+        progress = {"done": done, "total": entry["about"]["size"]}
+        # Not into the journal: to have that on disk would wait for what the tool writes.
+        pathlib.Path(_progress_file()).write_text(json.dumps(progress), encoding="utf-8")
+        _tell(f"{_phase(entry)}: {_of(progress)}")
 
     return tell
 
@@ -653,8 +607,9 @@ def status():
         f"  {phase['name'].ljust(width)}  {phase['began'][:19]}  {_seconds(phase):7.1f} s{'' if phase['ended'] else ' ...'}"
         for phase in entry["phases"]
     ]
-    if entry["progress"]:
-        lines.append(f"  {_of(entry['progress'])}")
+    # It may be half written.
+    with contextlib.suppress(OSError, ValueError):
+        lines.append(f"  {_of(json.loads(pathlib.Path(_progress_file()).read_text(encoding='utf-8')))}")
     if entry["error"]:
         lines.append(entry["error"])
     left = _read(_left_file()) or {}

@@ -372,7 +372,7 @@ def test_a_restore_whose_terminal_goes_goes_back(deployed, talk):
         host.run("kill", "-HUP", process)
     until(lambda: host.run("kill", "-0", process, check=False).returncode, "it ends", 120)
     said = host.read("/tmp/background.log")
-    assert "The terminal is gone" in said
+    assert "its terminal was closed" in said
     assert "Undone: the database and the files are those of before, and every process is healthy" in said
     assert deployed.all_healthy()
     assert alice.heard(room)[0] == "before the terminal went"

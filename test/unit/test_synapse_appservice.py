@@ -55,7 +55,7 @@ class Minion:
         functions, opts = {"cp.get_file_str": served}, {"test": test}
         context = {"synapse_pillar.knowledge": KNOWLEDGE}
         dunders = {"__salt__": functions, "__context__": context, "__opts__": opts}
-        for name in ("synapse_pillar", "synapse_workers", "synapse_appservice"):
+        for name in ("synapse_files", "synapse_pillar", "synapse_workers", "synapse_appservice"):
             pillar = {"synapse": self.pillar}
             module = load(ROOT / f"_modules/{name}.py", __pillar__=pillar, **dunders)
             public = {key: value for key, value in vars(module).items() if isinstance(value, types.FunctionType)}

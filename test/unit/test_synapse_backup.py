@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -167,17 +166,6 @@ def test_nothing_undoes_a_restore_once_somebody_let_users_in(minion, backup, cut
         backup.undo()
     assert backup.fault() is None
     assert not journal.exists()
-
-
-def test_a_terminal_that_is_gone_ends_a_run_but_not_its_way_back(backup):
-    with backup._signalled(backup._hung_up, signal.SIGHUP):
-        with pytest.raises(KeyboardInterrupt, match="The terminal is gone"):
-            signal.raise_signal(signal.SIGHUP)
-        with backup._signalled(signal.SIG_IGN, signal.SIGHUP, signal.SIGINT):
-            signal.raise_signal(signal.SIGHUP)
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGHUP) == backup._hung_up
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 def test_a_console_that_is_gone_is_no_failure(backup, monkeypatch):

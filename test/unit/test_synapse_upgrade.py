@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ def clusters(minion, *majors, running=True, **databases):
 
 
 def journal(upgrade, **entry):
-    whole = {**DONE, "progress": None, "error": None, "method": "copy", **entry}
+    whole = {**DONE, "error": None, "method": "copy", **entry}
     upgrade._write(upgrade.journal_file(), whole)
     if whole["outcome"] == "done":
         upgrade._write(upgrade._served_file(), whole)
@@ -209,17 +208,6 @@ def test_a_proxy_of_the_operators_has_to_keep_users_out(minion, upgrade):
     assert upgrade._fault_of_gate(gated=False) is None
 
 
-def test_nobody_gives_up_on_the_way_back(upgrade):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)]
-    with upgrade._alone():
-        with pytest.raises(SystemExit, match="its terminal was closed"):
-            os.kill(os.getpid(), signal.SIGHUP)
-        with upgrade._undisturbed():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                os.kill(os.getpid(), number)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)] == before
-
-
 def test_a_console_that_is_gone_is_no_failure(upgrade, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -257,13 +245,15 @@ def test_another_server_with_the_process_id_is_not_this_one(minion, tmp_path):
             server.kill()
 
 
-def test_status_tells_how_far_it_is(minion, upgrade):
+def test_status_tells_how_far_it_is(minion, upgrade, monkeypatch, tmp_path):
     assert "never was an upgrade" in upgrade.status()
     phases = [
         {"name": "stop", "began": "2026-11-24T03:00:00.000+00:00", "ended": "2026-11-24T03:00:02.500+00:00"},
         {"name": "upgrade", "began": "2026-11-24T03:00:02.500+00:00", "ended": None},
     ]
-    journal(upgrade, outcome=None, phases=phases, progress={"done": 512 << 20, "total": 2 << 30})
+    monkeypatch.setattr(upgrade, "_progress_file", lambda: tmp_path / "progress")
+    journal(upgrade, outcome=None, phases=phases)
+    (tmp_path / "progress").write_text(json.dumps({"done": 512 << 20, "total": 2 << 30}))
     text = upgrade.status()
     assert text.startswith("15/main to 18/main, method copy: cut off")
     assert "stop     2026-11-24T03:00:00      2.5 s" in text

@@ -1,0 +1,60 @@
+"""
+Files that are whole or as they were, whatever happens meanwhile.
+"""
+
+import os
+
+
+def write(path, content, gid=0, mode=0o600):
+    """
+    Write a file of root's: after a crash or a power failure it is the one before, or this one.
+
+    path
+        Its path, in a directory that only root can write to.
+
+    content
+        A string or bytes.
+
+    gid
+        Its group's id.
+
+    mode
+        Its mode.
+
+    Raises OSError.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_files.write /etc/motd "hello" mode=0o644
+    """
+    draft = f"{path}.new"
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fchown(file.fileno(), 0, gid)
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    sync(os.path.dirname(path))
+
+
+def sync(path):
+    """
+    Have a file, or the names in a directory, on disk.
+
+    path
+        Its path.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_files.sync /etc
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
