@@ -23,6 +23,9 @@ PROGRAMS = "/usr/lib/postgresql/{}/bin"
 NO_NEW_CLUSTER = pathlib.Path("/etc/postgresql-common/createcluster.d/matrix-synapse.conf")
 
 
+# Seconds that a cluster has to start: one that recovers from a crash reads all that was written since its last checkpoint.
+LONGEST_START = 600
+
 # Settings that say where a cluster is, and so do not follow.
 PLACES = {"data_directory", "port"}
 
@@ -480,7 +483,7 @@ def stop(name):
     """
     version, cluster = name.split("/")
     ran = _cluster(name)["running"]
-    if _is_starting(name):
+    if "activating" in _job(name):
         # It waits for that to end: see start(). What systemd calls off is killed, and not stopped in order.
         _run_all("systemctl", "start", _unit(name))
     _run("systemctl", "stop", _unit(name))
@@ -506,11 +509,13 @@ def start(name):
         salt-call synapse_cluster.start 18/main
     """
     cluster = _cluster(name)
-    if cluster["running"]:
+    if _answers(cluster):
         return False
-    # Debian's pg_ctlcluster, by which the unit starts it, goes on waiting for two seconds after the server answers.
-    _run_all("systemctl", "restart", "--no-block", _unit(name))
-    while not (answers := _answers(cluster)) and not _gave_up(name):
+    # Debian's pg_ctlcluster, by which the unit starts it, goes on waiting for two seconds after the server answers. One that
+    # is there and does not answer recovers, or is about to stop; one that is not may be so although its unit is active.
+    _run_all("systemctl", "start" if cluster["running"] else "restart", "--no-block", _unit(name))
+    deadline = time.monotonic() + LONGEST_START
+    while not (answers := _answers(cluster)) and not _gave_up(name) and time.monotonic() < deadline:
         time.sleep(0.05)
     if not answers:
         raise CommandExecutionError(f"PostgreSQL {name} does not start; its log ends:\n{_end_of(cluster['log'])}")
@@ -529,14 +534,13 @@ def _answers(cluster):
 
 def _gave_up(name):
     """Whether neither a server is there nor systemd about to start one."""
-    return not (_is_starting(name) or _cluster(name)["running"])
+    return not (_cluster(name)["running"] or set(_job(name)) - {"", "0", "active", "inactive", "failed"})
 
 
-def _is_starting(name):
-    shown = dict(
-        line.split("=", 1) for line in _run("systemctl", "show", "--property=ActiveState,Job", _unit(name)).splitlines()
-    )
-    return shown["ActiveState"] == "activating" or shown["Job"] not in ("", "0")
+def _job(name):
+    """The state of a cluster's unit, and the number of the job that systemd has for it."""
+    shown = _run("systemctl", "show", "--property=ActiveState,Job", _unit(name)).splitlines()
+    return [line.partition("=")[2] for line in shown]
 
 
 def _unit(name):
@@ -577,10 +581,8 @@ def place_at(name, port, start_conf):
         _run("pg_conftool", version, short, "set", "port", str(port))
     if cluster["start"] != start_conf:
         file = pathlib.Path(cluster["config"], "start.conf")
-        draft = file.with_suffix(".new")
-        draft.write_text(f"# By synapse-formula: auto, manual or disabled.\n{start_conf}\n", encoding="utf-8")
-        os.chown(draft, file.stat().st_uid, file.stat().st_gid)
-        draft.rename(file)
+        owner, text = file.stat(), f"# By synapse-formula: auto, manual or disabled.\n{start_conf}\n"
+        __salt__["synapse_files.write"](file, text, owner.st_gid, 0o644, owner.st_uid)
     # What starts at boot is known to systemd also by this; the formula's own state asks for it.
     if (start_conf == "auto") != os.path.lexists(f"/etc/systemd/system/multi-user.target.wants/{_unit(name)}"):
         _run("systemctl", "--quiet", "--no-reload", "enable" if start_conf == "auto" else "disable", _unit(name))

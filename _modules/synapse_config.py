@@ -273,7 +273,7 @@ def _leftovers(settings):
     config, data = (pathlib.Path(settings["directories"][name]) for name in ("config", "data"))
     patterns = {
         config: (f"{CANDIDATE}*", "*.new", "workers/*.new", "appservices/*.new"),
-        data: ("secrets/*.new", "roster.json.new"),
+        data: ("secrets/*.new", "appservices/*.new", "roster.json.new"),
     }
     return [str(path) for directory in patterns for pattern in patterns[directory] for path in directory.glob(pattern)]
 

@@ -2,15 +2,16 @@
 Files that are whole or as they were, whatever happens meanwhile.
 """
 
+import contextlib
 import os
 
 
-def write(path, content, gid=0, mode=0o600):
+def write(path, content, gid=0, mode=0o600, uid=0):
     """
-    Write a file of root's: after a crash or a power failure it is the one before, or this one.
+    Write a file: after a crash or a power failure it is the one before, or this one.
 
     path
-        Its path, in a directory that only root can write to.
+        Its path, absolute, in a directory that only root can write to.
 
     content
         A string or bytes.
@@ -19,7 +20,10 @@ def write(path, content, gid=0, mode=0o600):
         Its group's id.
 
     mode
-        Its mode.
+        Its mode, a number.
+
+    uid
+        Its owner's id.
 
     Raises OSError.
 
@@ -27,16 +31,22 @@ def write(path, content, gid=0, mode=0o600):
 
     .. code-block:: bash
 
-        salt-call synapse_files.write /etc/motd "hello" mode=0o644
+        salt-call synapse_files.write /etc/motd "hello" mode=420
     """
     draft = f"{path}.new"
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fchown(file.fileno(), 0, gid)
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fchown(file.fileno(), uid, gid)
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        # It may hold a secret, and on a full disk it takes space.
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
     sync(os.path.dirname(path))
 
 

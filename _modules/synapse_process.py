@@ -378,12 +378,8 @@ def _restarts_together(todo):
 
 
 def _start(names):
-    _have_run("start", names)
-
-
-def _have_run(verb, names, *options):
-    """Have systemd start or restart units, all together, and wait until they are healthy."""
-    if _systemctl_result(*options, verb, *_services(names))["retcode"] == 0:
+    """Have systemd start units, all together, and wait until they are healthy."""
+    if _systemctl_result("start", *_services(names))["retcode"] == 0:
         return
     known = states(names)
     failed = [name for name in names if known[name]["ActiveState"] != "active"]
@@ -411,7 +407,9 @@ def restart(name, alone=True):
         salt-call synapse_process.restart matrix-synapse-worker-0-generic
     """
     # Source: systemctl(1), --job-mode=.
-    _have_run("restart", [name], *(["--job-mode=ignore-dependencies"] if alone else []))
+    mode = ["--job-mode=ignore-dependencies"] if alone else []
+    if _systemctl_result(*mode, "restart", *_services([name]))["retcode"] != 0:
+        raise CommandExecutionError(_obituary(name))
 
 
 def _reload_is_due():
@@ -420,11 +418,7 @@ def _reload_is_due():
 
 
 def _write_unit(name, text):
-    path = UNITS / f"{name}.service"
-    candidate = path.with_suffix(".service.new")
-    candidate.write_text(text, encoding="utf-8")
-    candidate.chmod(0o644)
-    candidate.rename(path)
+    __salt__["synapse_files.write"](UNITS / f"{name}.service", text, mode=0o644)
 
 
 def _obituary(name):
@@ -680,7 +674,7 @@ def status():
     lines += [f"A stray: {_stray(stray)}" for stray in counted["strays"]]
     lines += [f"A stray: {_session(session)}" for session in _foreign(counted)]
     lines += [
-        f"No requests: {name}, which a restart has taken from nginx; if that was cut off: salt-call synapse_rolling.restart '[{name}]'"
+        f"No requests: a restart has taken {name} from nginx; if that was cut off: salt-call state.apply synapse"
         for name in __salt__["synapse_rolling.taken_out"]()
     ]
     faults = [

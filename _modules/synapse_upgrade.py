@@ -288,7 +288,7 @@ def _go_through(entry, first):
 def _enter(entry, name):
     _leave(entry)
     entry["phases"].append({"name": name, "began": _now(), "ended": None})
-    pathlib.Path(_progress_file()).unlink(missing_ok=True)
+    _forget_progress()
     _write(journal_file(), entry)
     _tell(f"{name} ...")
 
@@ -304,7 +304,7 @@ def _end(entry, outcome):
     _use_reserve()
     _leave(entry)
     entry["outcome"] = outcome
-    pathlib.Path(_progress_file()).unlink(missing_ok=True)
+    _forget_progress()
     if outcome == "done":
         _write(_served_file(), entry)
     _write(journal_file(), entry)
@@ -344,10 +344,16 @@ def _progress(entry):
     def tell(done):
         progress = {"done": done, "total": entry["about"]["size"]}
         # Not into the journal: to have that on disk would wait for what the tool writes.
-        pathlib.Path(_progress_file()).write_text(json.dumps(progress), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            pathlib.Path(_progress_file()).write_text(json.dumps(progress), encoding="utf-8")
         _tell(f"{_phase(entry)}: {_of(progress)}")
 
     return tell
+
+
+def _forget_progress():
+    with contextlib.suppress(OSError):
+        os.unlink(_progress_file())
 
 
 def _of(progress):

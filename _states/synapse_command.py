@@ -7,9 +7,9 @@ def run(name, done_if):
     """
     A command has run, unless another one says that there is nothing left to do.
 
-    It is ``cmd.run`` with ``unless``, in a third of an apply's time: for any of Salt's own conditions on a state, Salt looks
-    for the function ``cmd.mod_run_check``, which nobody defines, in each states module that it has (``State.call`` in
-    salt/state.py).
+    It is ``cmd.run`` with ``unless``, without the third of a run's time that this costs: for any of its own conditions on a
+    state, Salt looks for the function ``cmd.mod_run_check``, which nobody defines, in each states module that it has
+    (``State.call`` in salt/state.py).
 
     name
         The shell command.

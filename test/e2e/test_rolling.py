@@ -85,6 +85,7 @@ def test_a_change_that_all_share_restarts_them_together_and_requests_wait(synaps
         synapse.apply()
     assert restarted(synapse, before) == set(before)
     assert load.failed == []
+    assert load.sent > 100
     assert synapse.apply(test=True) == {}
 
 

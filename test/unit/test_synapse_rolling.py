@@ -2,6 +2,7 @@
 
 import pathlib
 import socket
+import threading
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -81,6 +82,29 @@ def test_what_restarts_together_is_shut_until_it_has(rolling, minion, listener, 
     rolling.restart_together(["matrix-synapse"])
     assert seen == [("matrix-synapse", False, 0 if managed else 0o666)]
     assert mode(public) == 0o666
+
+
+@pytest.mark.parametrize(("patience", "left"), [(5, 0), (0.1, 1)])
+def test_what_restarts_together_has_some_seconds_for_its_requests(
+    rolling, minion, tmp_path, monkeypatch, patience, left
+):
+    directory, seen = tmp_path / "run", []
+    for name in ("public", "root"):
+        (directory / name).mkdir(parents=True)
+    path = str(directory / "public/matrix-synapse.sock")
+    minion.run(minion.good_pillar({"directories:run": str(directory)}))
+    monkeypatch.setattr(rolling, "TOGETHER", patience)
+    minion.salt["synapse_process.restart"] = lambda *name, **how: seen.append(rolling._connections([path]))
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
+        listening.bind(path)
+        listening.listen()
+        client.connect(path)
+        served = listening.accept()[0]
+        end = threading.Timer(0.4, lambda: (client.close(), served.close()))
+        end.start()
+        rolling.restart_together(["matrix-synapse"])
+        end.join()
+    assert seen == [left]
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,4 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(minion, tmp_path):
     with pytest.raises(TypeError):
         minion.synapse_files.write(path, None)
     assert path.read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -2,9 +2,10 @@
 """
 Holds requests for a Synapse process that is about to be back: gate UNIT SOCKET
 
-nginx comes here when neither a process nor any peer of its takes a connection. systemd hands over the socket that this program listens
-on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET. It is refused when systemd neither
-runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and systemd starts it for the next.
+nginx comes here when no process that could answer takes a connection. systemd hands over the socket that this program
+listens on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET. It is refused when systemd
+neither runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and systemd starts it for
+the next.
 """
 
 import asyncio

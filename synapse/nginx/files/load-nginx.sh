@@ -7,15 +7,31 @@ loaded() {
     "$(dirname "$0")/nginx-is-loaded" "$@"
 }
 
-systemctl daemon-reload
-# shellcheck disable=SC2086
-systemctl start $gates
-systemctl list-units --plain --no-legend 'synapse-gate@*.socket' | while read -r gate _; do
-    case " $gates " in
-    *" $gate "*) ;;
-    *) systemctl stop "$gate" ;;
+# Those of the first list that are not in the second.
+without() {
+    for unit in $1; do
+        case " $2 " in
+        *" $unit "*) ;;
+        *) echo "$unit" ;;
+        esac
+    done
+}
+
+# Whether systemd has read all that it has loaded of these as it is now. Before release 256 it does not say so of a drop-in in a
+# directory that is new: https://github.com/systemd/systemd/issues/31752
+is_read() {
+    read=$(systemctl show --property=NeedDaemonReload,DropInPaths nginx.service 'synapse-gate@*')
+    case $read in
+    *NeedDaemonReload=yes*) false ;;
+    *nginx.service.d/matrix-synapse.conf*) ;;
+    *) false ;;
     esac
-done
+}
+
+is_read || systemctl daemon-reload
+open=$(systemctl list-units --plain --no-legend --state=active 'synapse-gate@*.socket' | cut --delimiter=' ' --fields=1 | xargs)
+without "$gates" "$open" | xargs --no-run-if-empty systemctl start
+without "$open" "$gates" | xargs --no-run-if-empty systemctl stop
 systemctl reload-or-restart nginx
 deadline=$(($(date +%s) + 5))
 until loaded "$@"; do
