@@ -66,7 +66,8 @@ def test_a_closed_door_without_a_lock_is_told_and_start_opens_it(deployed):
 
 def test_a_database_that_cant_be_asked_proves_nothing_and_hides_nothing(deployed):
     host = deployed.host
-    host.sh("mv /usr/bin/psql /usr/bin/psql.away; ln -s /bin/false /usr/bin/psql")
+    psql = "/usr/lib/postgresql/15/bin/psql"
+    host.sh(f"mv {psql} {psql}.away; ln -s /bin/false {psql}")
     try:
         found = census(deployed)
         assert "The database can't be asked" in found["sessions_fault"]
@@ -75,7 +76,7 @@ def test_a_database_that_cant_be_asked_proves_nothing_and_hides_nothing(deployed
         with pytest.raises(HostError, match="still there: perhaps database sessions"):
             stop(deployed, grace=3)
     finally:
-        host.sh("mv --force /usr/bin/psql.away /usr/bin/psql")
+        host.sh(f"mv --force {psql}.away {psql}")
     until(deployed.all_healthy, "a stop that failed starts all again", 60)
 
 
