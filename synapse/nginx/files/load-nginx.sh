@@ -17,10 +17,12 @@ without() {
     done
 }
 
-# Whether systemd has read all that it has loaded of these as it is now. Before release 256 it does not say so of a drop-in in a
-# directory that is new: https://github.com/systemd/systemd/issues/31752
+# Whether systemd has read all that it has loaded of these as it is now. All gates come from the same files, so one is asked:
+# main's, which is always there. Before release 256 systemd does not say so of a drop-in in a directory that is new:
+# https://github.com/systemd/systemd/issues/31752
 is_read() {
-    read=$(systemctl show --property=NeedDaemonReload,DropInPaths nginx.service 'synapse-gate@*')
+    read=$(systemctl show --property=NeedDaemonReload,DropInPaths nginx.service synapse-gate@matrix-synapse.socket \
+        synapse-gate@matrix-synapse.service)
     case $read in
     *NeedDaemonReload=yes*) false ;;
     *nginx.service.d/matrix-synapse.conf*) ;;
