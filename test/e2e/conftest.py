@@ -30,6 +30,7 @@ PILLAR = {
         "rc_registration": {"per_second": 1000, "burst_count": 1000},
         "rc_login": {"address": {"per_second": 1000, "burst_count": 1000}},
         "rc_message": {"per_second": 1000, "burst_count": 1000},
+        "rc_room_creation": {"per_second": 1000, "burst_count": 1000},
     },
 }
 

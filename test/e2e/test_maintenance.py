@@ -73,11 +73,11 @@ def test_a_database_that_cant_be_asked_proves_nothing_and_hides_nothing(deployed
         assert "The database can't be asked" in found["sessions_fault"]
         assert all(process["healthy"] and process["sessions"] is None for process in found["processes"])
         assert "The database can't be asked" in host.salt("synapse_process.status")
-        with pytest.raises(HostError, match="still there: perhaps database sessions"):
+        with pytest.raises(HostError, match="still there: .*perhaps database sessions"):
             stop(deployed, grace=3)
     finally:
         host.sh(f"mv --force {psql}.away {psql}")
-    until(deployed.all_healthy, "a stop that failed starts all again", 60)
+    until(deployed.all_healthy, "a stop that failed starts all again", 120)
 
 
 def test_the_stop_is_proven_and_nothing_starts_until_it_is_undone(deployed):
@@ -133,9 +133,10 @@ def test_a_stray_container_is_found_and_stopped(deployed):
     # `sleep` as PID 1 ignores SIGTERM.
     before = deployed.starts()
     with pytest.raises(HostError, match="still there: the container stray"):
-        stop(deployed, grace=3)
+        # time for everything else, also on a machine under load
+        stop(deployed, grace=20)
     assert not deployed.host.sh(f"ls {LOCK} || true").stdout
-    until(deployed.all_healthy, "a stop that failed starts all again", 60)
+    until(deployed.all_healthy, "a stop that failed starts all again", 120)
     assert all(deployed.starts()[name] > start for name, start in before.items())
     done = stop(deployed, grace=3, kill=True)
     assert any("the container stray" in item for item in done["killed"])
@@ -148,11 +149,11 @@ def test_a_process_with_a_session_that_nobody_knows_is_found(deployed):
         "setsid runuser -u synapse -- env PGAPPNAME=by-hand psql synapse -c 'select pg_sleep(600)' >/dev/null 2>&1 &"
     )
     until(lambda: "by-hand" in [session["process"] for session in census(deployed)["sessions"]], "the census finds it")
-    with pytest.raises(HostError, match="still there: the database session .* of by-hand"):
+    with pytest.raises(HostError, match="still there: .*the database session .* of by-hand"):
         stop(deployed, grace=3)
-    until(deployed.all_healthy, "a stop that failed starts all again", 60)
+    until(deployed.all_healthy, "a stop that failed starts all again", 120)
     done = stop(deployed, grace=3, kill=True)
-    assert len(done["killed"]) == 1
+    assert any("by-hand" in item for item in done["killed"])
     assert census(deployed)["sessions"] == []
 
 

@@ -29,6 +29,7 @@ PILLAR = {
         "enable_registration_without_verification": True,
         "rc_registration": {"per_second": 1000, "burst_count": 1000},
         "rc_message": {"per_second": 1000, "burst_count": 1000},
+        "rc_room_creation": {"per_second": 1000, "burst_count": 1000},
     },
 }
 # What users' data are in.
