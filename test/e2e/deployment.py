@@ -163,7 +163,7 @@ class Refused(Exception):
         self.status, self.body = status, body
 
 
-def request(url, method="GET", body=None, headers=None, timeout=60):
+def request(url, method="GET", body=None, headers=None, timeout=180):
     """Return ``(JSON, headers)`` of an answer; any status but 2xx raises Refused."""
     data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
     asked = urllib.request.Request(url, method=method, data=data, headers=headers or {})
