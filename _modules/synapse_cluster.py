@@ -512,8 +512,10 @@ def start(name):
     if _answers(cluster):
         return False
     # Debian's pg_ctlcluster, by which the unit starts it, goes on waiting for two seconds after the server answers. One that
-    # is there and does not answer recovers, or is about to stop; one that is not may be so although its unit is active.
-    _run_all("systemctl", "start" if cluster["running"] else "restart", "--no-block", _unit(name))
+    # is there and does not answer recovers, or is about to stop; one that is not may be so although its unit is active, or
+    # because it is only just being started.
+    verb = "start" if cluster["running"] or "activating" in _job(name) else "restart"
+    _run_all("systemctl", verb, "--no-block", _unit(name))
     deadline = time.monotonic() + LONGEST_START
     while not (answers := _answers(cluster)) and not _gave_up(name) and time.monotonic() < deadline:
         time.sleep(0.05)

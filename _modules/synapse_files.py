@@ -11,7 +11,7 @@ def write(path, content, gid=0, mode=0o600, uid=0):
     Write a file: after a crash or a power failure it is the one before, or this one.
 
     path
-        Its path, absolute, in a directory that only root can write to.
+        Its path, absolute. Who else may write to its directory can spoil this file, but no other: no link is followed.
 
     content
         A string or bytes.
@@ -34,8 +34,10 @@ def write(path, content, gid=0, mode=0o600, uid=0):
         salt-call synapse_files.write /etc/motd "hello" mode=420
     """
     draft = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fchown(file.fileno(), uid, gid)

@@ -7,7 +7,11 @@ import json
 import pathlib
 import urllib.parse
 
-TEMPLATES = ("salt://synapse/nginx/files/matrix-synapse.conf.jinja", "salt://synapse/nginx/files/macros.jinja")
+FILES = "salt://synapse/nginx/files"
+TEMPLATES = ("matrix-synapse.conf", "macros", "nginx.service", "gate.socket", "gate.service")
+
+# Seconds that a request waits for a process that is about to be back.
+GATE_WAIT = 120
 
 
 def context():
@@ -24,7 +28,8 @@ def context():
         The units of the sockets where requests wait for a process that is about to be back.
 
     ``digest``
-        A digest of all that makes the configuration: the running nginx is asked for it on ``nginx.status_socket``.
+        A digest of all that makes the configuration, nginx's and that of its units: the running nginx is asked for it on
+        ``nginx.status_socket``.
 
     CLI Example:
 
@@ -53,9 +58,11 @@ def context():
             "back_door": back_door(),
             "maintenance_switch": __salt__["synapse_maintenance.switch_file"](),
             "log_directory": "/var/log/nginx",
+            "user": settings["nginx"]["user"],
+            "gate_wait": GATE_WAIT,
         },
     }
-    templates = [__salt__["cp.hash_file"](url)["hsum"] for url in TEMPLATES]
+    templates = [__salt__["cp.hash_file"](f"{FILES}/{name}.jinja")["hsum"] for name in TEMPLATES]
     inputs = json.dumps([known, templates, _certificates(settings)], sort_keys=True)
     known["digest"] = hashlib.sha256(inputs.encode()).hexdigest()
     return known

@@ -408,8 +408,9 @@ def restart(name, alone=True):
     """
     # Source: systemctl(1), --job-mode=.
     mode = ["--job-mode=ignore-dependencies"] if alone else []
-    if _systemctl_result(*mode, "restart", *_services([name]))["retcode"] != 0:
-        raise CommandExecutionError(_obituary(name))
+    done = _systemctl_result(*mode, "restart", *_services([name]))
+    if done["retcode"] != 0:
+        raise CommandExecutionError(f"{_obituary(name)}\n{done['stderr']}")
 
 
 def _reload_is_due():

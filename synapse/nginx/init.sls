@@ -23,14 +23,9 @@ nginx is installed:
 nginx starts after Docker:
   file.managed:
     - name: /etc/systemd/system/nginx.service.d/matrix-synapse.conf
-    - contents: |
-        # Written by synapse-formula.
-        [Unit]
-        Wants=docker.service {{ context.gates | join(" ") }}
-        After=docker.service {{ context.gates | join(" ") }}
-        [Service]
-        # A socket that a crash left behind would keep nginx from starting.
-        ExecStartPre=-/usr/bin/rm --force {{ context.nginx.status_socket }} {{ context.nginx.back_door }}
+    - source: salt://synapse/nginx/files/nginx.service.jinja
+    - template: jinja
+    - context: {{ context | json }}
     - mode: "0644"
     - makedirs: true
 
@@ -41,7 +36,7 @@ The gate's {{ unit }} is declared:
     - name: /etc/systemd/system/synapse-gate@.{{ unit }}
     - source: salt://synapse/nginx/files/gate.{{ unit }}.jinja
     - template: jinja
-    - context: {{ {"helpers": helpers, "run": synapse.directories.run, "user": synapse.nginx.user} | json }}
+    - context: {{ {"helpers": helpers, "run": synapse.directories.run, "nginx": context.nginx} | json }}
     - mode: "0644"
     - require_in:
       - synapse_command: nginx runs with this configuration

@@ -24,7 +24,7 @@ class Answer(typing.NamedTuple):
     agent: str
 
 
-def until(condition, what, seconds=60):
+def until(condition, what, seconds=180):
     """Return the first true value of ``condition()``; it fails after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -47,8 +47,8 @@ def salt_run(host):
         return asked.returncode == 0 and host.name in asked.stdout
 
     try:
-        until(lambda: answers("test.ping"), "the minion is there, and its pillar known", 120)
-        until(lambda: answers("saltutil.sync_all"), "the minion has the modules", 120)
+        until(lambda: answers("test.ping"), "the minion is there, and its pillar known")
+        until(lambda: answers("saltutil.sync_all"), "the minion has the modules")
         yield run
     finally:
         host.run("systemctl", "stop", "salt-minion", "salt-master")

@@ -55,7 +55,7 @@ class Load:
     def wait_for_all_kinds(self):
         """One more good answer to each kind of request."""
         before = self.answered.copy()
-        until(lambda: all(self.answered[what] > before[what] for what in self.works), "all are answered", 120)
+        until(lambda: all(self.answered[what] > before[what] for what in self.works), "all are answered")
 
     def __exit__(self, kind, *_):
         try:

@@ -370,7 +370,7 @@ def test_a_restore_whose_terminal_goes_goes_back(deployed, talk):
     for at in ("starting", "undoing"):
         until(lambda at=at: phase(host) == at, f"it is {at}")
         host.run("kill", "-HUP", process)
-    until(lambda: host.run("kill", "-0", process, check=False).returncode, "it ends", 120)
+    until(lambda: host.run("kill", "-0", process, check=False).returncode, "it ends")
     said = host.read("/tmp/background.log")
     assert "its terminal was closed" in said
     assert "Undone: the database and the files are those of before, and every process is healthy" in said

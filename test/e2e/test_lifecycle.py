@@ -14,7 +14,7 @@ def _all_healthy(deployed):
     """Every test finds all processes healthy, and has to leave them so."""
     yield
     deployed.systemctl("start", *[f"{name}.service" for name in deployed.names()])
-    until(deployed.all_healthy, "every process is healthy again", 120)
+    until(deployed.all_healthy, "every process is healthy again")
 
 
 def workers(deployed):
@@ -38,7 +38,7 @@ def test_starting_main_starts_every_worker_in_parallel_once_main_is_healthy(depl
     deployed.systemctl("start", f"{MAIN}.service")
     # systemctl waits for main alone.
     assert deployed.healthy(MAIN)
-    until(lambda: set(deployed.states().values()) == {"active"}, "every worker is started", 120)
+    until(lambda: set(deployed.states().values()) == {"active"}, "every worker is started")
     assert deployed.all_healthy()
     ready = monotonic(deployed, MAIN, "ActiveEnterTimestampMonotonic")
     begun = [monotonic(deployed, name, "InactiveExitTimestampMonotonic") for name in workers(deployed)]
@@ -51,7 +51,7 @@ def test_restarting_main_restarts_each_worker_once(deployed):
     before = deployed.starts()
     now = deployed.host.sh("date '+%F %T'").stdout.strip()
     deployed.systemctl("restart", f"{MAIN}.service")
-    until(lambda: set(deployed.states().values()) == {"active"}, "every process is started", 120)
+    until(lambda: set(deployed.states().values()) == {"active"}, "every process is started")
     after = deployed.starts()
     assert all(after[name] > before[name] for name in before)
     script = f"journalctl --since '{now}' --output cat --unit '{{}}.service' | grep --count '^Started'"
@@ -89,7 +89,7 @@ def test_a_killed_worker_comes_back_by_itself_and_alone(deployed, name):
 def test_a_killed_main_comes_back_by_itself_and_no_worker_stays_dead(deployed):
     before = deployed.starts()[MAIN]
     deployed.kill(MAIN)
-    until(lambda: deployed.starts().get(MAIN, "") > before and deployed.all_healthy(), "all are back", 120)
+    until(lambda: deployed.starts().get(MAIN, "") > before and deployed.all_healthy(), "all are back")
 
 
 def test_a_killed_docker_client_brings_the_process_back(deployed):
@@ -111,14 +111,14 @@ def test_all_come_back_after_the_docker_daemon(deployed, how):
         "every container is started anew",
         180,
     )
-    until(deployed.all_healthy, "all are healthy", 120)
+    until(deployed.all_healthy, "all are healthy")
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_all_come_back_after_the_machine(deployed, how):
     """An orderly reboot, and a power failure."""
     getattr(deployed.host, how)()
-    until(deployed.all_healthy, "all are healthy", 180)
+    until(deployed.all_healthy, "all are healthy")
     alice = deployed.user()
     alice.say(alice.room(), "still here")
     assert deployed.apply() == {}
@@ -135,7 +135,7 @@ def test_synapse_finds_the_database_again(deployed):
             # Synapse finds out by failing that a connection of its pool is dead, and it has several in each process.
             return False
 
-    until(lambda: all(talks() for _ in range(10)), "ten rooms in a row", 120)
+    until(lambda: all(talks() for _ in range(10)), "ten rooms in a row")
     assert deployed.starts() == before, "nobody had to be restarted"
 
 
@@ -156,7 +156,7 @@ def test_a_container_that_cannot_start_makes_room_for_a_new_one(deployed):
     create = f"docker create --name {GENERIC} --label {label}={inputs} matrixdotorg/synapse:v1.163.2 run -m nonsense"
     deployed.host.sh(f"docker rm {GENERIC}; {create}")
     deployed.systemctl("start", f"{GENERIC}.service", check=False)
-    until(lambda: deployed.healthy(GENERIC), "it is back by itself", 60)
+    until(lambda: deployed.healthy(GENERIC), "it is back by itself")
 
 
 def test_a_container_that_was_stopped_in_order_is_used_again(deployed):

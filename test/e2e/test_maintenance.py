@@ -18,7 +18,7 @@ def _all_healthy(deployed):
         deployed.host.run("docker", "kill", "--signal=CONT", stray, check=False)
     deployed.host.run("docker", "rm", "--force", "stray", check=False)
     deployed.host.salt("synapse_process.start")
-    until(deployed.all_healthy, "every process is healthy again", 120)
+    until(deployed.all_healthy, "every process is healthy again")
 
 
 def census(deployed):
@@ -77,7 +77,7 @@ def test_a_database_that_cant_be_asked_proves_nothing_and_hides_nothing(deployed
             stop(deployed, grace=3)
     finally:
         host.sh(f"mv --force {psql}.away {psql}")
-    until(deployed.all_healthy, "a stop that failed starts all again", 120)
+    until(deployed.all_healthy, "a stop that failed starts all again")
 
 
 def test_the_stop_is_proven_and_nothing_starts_until_it_is_undone(deployed):
@@ -136,7 +136,7 @@ def test_a_stray_container_is_found_and_stopped(deployed):
         # time for everything else, also on a machine under load
         stop(deployed, grace=20)
     assert not deployed.host.sh(f"ls {LOCK} || true").stdout
-    until(deployed.all_healthy, "a stop that failed starts all again", 120)
+    until(deployed.all_healthy, "a stop that failed starts all again")
     assert all(deployed.starts()[name] > start for name, start in before.items())
     done = stop(deployed, grace=3, kill=True)
     assert any("the container stray" in item for item in done["killed"])
@@ -151,7 +151,7 @@ def test_a_process_with_a_session_that_nobody_knows_is_found(deployed):
     until(lambda: "by-hand" in [session["process"] for session in census(deployed)["sessions"]], "the census finds it")
     with pytest.raises(HostError, match="still there: .*the database session .* of by-hand"):
         stop(deployed, grace=3)
-    until(deployed.all_healthy, "a stop that failed starts all again", 120)
+    until(deployed.all_healthy, "a stop that failed starts all again")
     done = stop(deployed, grace=3, kill=True)
     assert any("by-hand" in item for item in done["killed"])
     assert census(deployed)["sessions"] == []
@@ -162,7 +162,7 @@ def test_a_worker_that_ignores_sigterm_is_named_and_killed_only_if_allowed(deplo
     with pytest.raises(HostError, match=f"still there: .*{GENERIC}"):
         stop(deployed, grace=3)
     deployed.host.run("docker", "kill", "--signal=CONT", GENERIC)
-    until(deployed.all_healthy, "a stop that failed starts all again", 120)
+    until(deployed.all_healthy, "a stop that failed starts all again")
     deployed.host.run("docker", "kill", "--signal=STOP", GENERIC)
     done = stop(deployed, grace=3, kill=True)
     assert any(GENERIC in item for item in done["killed"])

@@ -16,7 +16,7 @@ PUBLIC = "/run/matrix-synapse/public"
 
 @pytest.fixture
 def synapse(deployed):
-    until(deployed.all_healthy, "every process is healthy", 120)
+    until(deployed.all_healthy, "every process is healthy")
     return deployed
 
 
@@ -93,12 +93,14 @@ def test_requests_are_waited_for_and_cut_off_after_the_time(synapse):
     alice = synapse.user()
     alice.sync()
     answers = []
-    waiting = threading.Thread(target=lambda: answers.append(alice.sync(timeout=15000)))
+    waiting = threading.Thread(target=lambda: answers.append(alice.sync(timeout=120000)))
     waiting.start()
     (row,) = synapse.host.salt("synapse_rolling.restart", until(lambda: busy(synapse), "a process has it"), drain=1)
     assert row["cut_off"] == 1
     assert row["drained"] < 3
     # nginx asked the other one for it.
+    assert not answers
+    alice.room()
     waiting.join()
     assert len(answers) == 1
 
@@ -106,7 +108,7 @@ def test_requests_are_waited_for_and_cut_off_after_the_time(synapse):
 def test_a_rolling_restart_that_is_killed_is_finished_by_the_next_apply(synapse):
     host, alice = synapse.host, synapse.user()
     alice.sync()
-    waiting = threading.Thread(target=alice.sync, kwargs={"timeout": 20000})
+    waiting = threading.Thread(target=alice.sync, kwargs={"timeout": 120000})
     waiting.start()
     names = json.dumps(until(lambda: busy(synapse), "a process has it"))
     host.sh(f"salt-call --local synapse_rolling.restart '{names}' >/dev/null 2>&1 & echo $! >/run/rolling.pid")
@@ -121,9 +123,10 @@ def test_a_rolling_restart_that_is_killed_is_finished_by_the_next_apply(synapse)
     assert f"a restart has taken {left} from nginx" in host.salt("synapse_process.status")
     # Users are served by the other.
     assert alice.ask("GET", f"{CLIENT}/joined_rooms") == {"joined_rooms": []}
+    alice.room()
+    waiting.join()
     changes = synapse.apply()
     assert changes["Synapse's processes are running"] == {left: {"old": "outdated", "new": "running"}}
-    waiting.join()
     assert shut() == []
     assert synapse.apply(test=True) == {}
 

@@ -80,7 +80,7 @@ class Site(Deployment):
 
     def talks(self):
         """Whoever was there before the upgrade goes on: nothing is lost, and new messages come through."""
-        until(self.all_healthy, "every process is healthy", 120)
+        until(self.all_healthy, "every process is healthy")
         self.alice.url = self.bob.url = self.url
         text = f"after {secrets.token_hex(4)}"
         self.alice.say(self.room, text)
@@ -91,7 +91,7 @@ class Site(Deployment):
             events.extend(joined.get(self.room, {}).get("timeline", {}).get("events", []))
             return text in [event["content"].get("body") for event in events]
 
-        until(heard, "who synced before hears what is said now", 30)
+        until(heard, "who synced before hears what is said now")
         self.said.append(text)
         assert set(self.bob.heard(self.room)) >= set(self.said)
         assert self.rows - self.count_rows() == set()
@@ -435,9 +435,9 @@ def test_a_loss_of_power_is_put_right_by_the_next_run(synapse, phase):
 def test_an_operator_who_gives_up_is_heeded_once(synapse, number):
     """Ctrl-C, or a terminal that goes away; and on the way back, whatever comes."""
     pid = synapse.interrupt("verify", number)
-    until(lambda: synapse.journal()["phases"][-1]["name"] == "back", "it goes back", 60)
+    until(lambda: synapse.journal()["phases"][-1]["name"] == "back", "it goes back")
     synapse.host.sh(f"kill -INT {pid}; kill -TERM {pid}; kill -HUP {pid}")
-    until(lambda: synapse.journal()["outcome"], "it goes back by itself", 60)
+    until(lambda: synapse.journal()["outcome"], "it goes back by itself")
     until(lambda: synapse.host.run("kill", "-0", pid, check=False).returncode, "its process ends")
     went_back(synapse, synapse.host.read("/var/log/interrupted.log"), "verify")
 
@@ -485,7 +485,7 @@ def test_copy_moves_everything_and_nothing_else_gets_in_the_way(synapse):
     assert "PostgreSQL is being moved from 15/main to 18/main" in synapse.refused()
     assert "at work" in host.salt("synapse_postgres.status")
     host.run("kill", "-CONT", pid)
-    until(lambda: synapse.journal()["outcome"] == "done", "the first one comes to its end", 180)
+    until(lambda: synapse.journal()["outcome"] == "done", "the first one comes to its end")
     until(lambda: host.run("kill", "-0", pid, check=False).returncode, "its process ends")
     console = host.read("/var/log/interrupted.log")
     assert "these are cut off until the switch: psql on postgres" in console
@@ -540,7 +540,7 @@ def reflinks(synapse):
         + "\n"
         + move.format(target="/mnt/xfs", mount="umount /mnt/xfs && mount -o loop /srv/xfs /var/lib/postgresql")
     )
-    until(synapse.all_healthy, "every process is healthy on it", 120)
+    until(synapse.all_healthy, "every process is healthy on it")
     yield
     synapse.mend()
     host.sh(
@@ -606,9 +606,9 @@ def test_a_minion_whose_work_is_killed_is_a_failure_and_the_next_run_puts_it_rig
     host.sh("rm -f /run/blocked; chmod 777 /run")
     command = " ".join(["salt-run", *ORCHESTRATE, """'pillar={"arguments": {"version": 18}, "timeout": 20}'"""])
     host.sh(f"({command} && echo exit 0 || echo exit $?) >/run/orchestration.log 2>&1 &")
-    until(lambda: host.run("test", "-e", "/run/blocked", check=False).returncode == 0, "the tool is at work", 120)
+    until(lambda: host.run("test", "-e", "/run/blocked", check=False).returncode == 0, "the tool is at work")
     host.sh("fuser --kill /var/lib/matrix-synapse/postgres-upgrade.lock")
-    until(lambda: "\nexit " in host.read("/run/orchestration.log"), "the master notices", 120)
+    until(lambda: "\nexit " in host.read("/run/orchestration.log"), "the master notices")
     assert "\nexit 0" not in host.read("/run/orchestration.log")
     host.run("umount", "--lazy", f"{PROGRAMS}/pg_upgrade")
     master(*ORCHESTRATE, 'pillar={"arguments": {"version": 18}}')
@@ -635,7 +635,7 @@ def test_link_moves_everything_and_says_that_there_is_no_way_back(synapse):
         runuser -u postgres -- /usr/lib/postgresql/15/bin/pg_checksums --enable --pgdata /var/lib/postgresql/15/main
         systemctl start postgresql@15-main {MAIN}"""
     )
-    until(synapse.all_healthy, "every process is healthy again", 120)
+    until(synapse.all_healthy, "every process is healthy again")
     # Before the new one was started, there is one.
     synapse.interrupt(
         "upgrade", signal.SIGKILL, "/var/lib/postgresql/15/main/global/pg_control.old", version=18, method="link"

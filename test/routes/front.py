@@ -43,6 +43,7 @@ class Front:
             "maintenance_switch": str(directory / "maintenance"),
             "log_directory": str(directory),
             "internal": None,
+            "gate_wait": 120,
             **settings,
         }
         self.config = render(self.plan, self.settings)

@@ -57,6 +57,8 @@ def test_a_cluster_that_answers_is_left_alone(run):
         ([DOWN, COMING, ("activating", "7", True, True)], "restart"),
         # It recovers, or a stop of it is under way.
         ([("activating", "", True, False), COMING, UP], "start"),
+        # It is being started already.
+        ([("activating", "7", False, False), ("activating", "7", False, False), COMING, UP], "start"),
         ([("deactivating", "7", True, False), ("inactive", "8", False, False), COMING, UP], "start"),
     ],
 )

@@ -34,3 +34,19 @@ def test_a_renewed_certificate_is_another_configuration(nginx, tmp_path):
     renewed = nginx(nginx__client__tls=files)["digest"]
     assert renewed != before
     assert nginx(nginx__client__tls=files)["digest"] == renewed
+
+
+def test_whatever_makes_its_units_is_part_of_the_configuration(nginx, minion):
+    def of(changed):
+        minion.salt["cp.hash_file"] = lambda url: {"hsum": "new" if url.endswith(f"/{changed}") else url}
+        return nginx()["digest"]
+
+    templates = [
+        "matrix-synapse.conf.jinja",
+        "macros.jinja",
+        "nginx.service.jinja",
+        "gate.socket.jinja",
+        "gate.service.jinja",
+    ]
+    digests = [of(None), *map(of, templates), nginx(nginx__user="nginx")["digest"]]
+    assert len(set(digests)) == 1 + len(templates) + 1

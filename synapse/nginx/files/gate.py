@@ -1,10 +1,10 @@
 #!/usr/bin/python3 -IS
 """
-Holds requests for a Synapse process that is about to be back: gate UNIT SOCKET
+Holds requests for a Synapse process that is about to be back: gate UNIT SOCKET SECONDS
 
 nginx comes here when no process that could answer takes a connection. systemd hands over the socket that this program
-listens on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET. It is refused when systemd
-neither runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and systemd starts it for
+listens on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET, for SECONDS at most. It is refused
+when systemd neither runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and systemd starts it for
 the next.
 """
 
@@ -15,7 +15,6 @@ import sys
 
 FIRST_DESCRIPTOR = 3
 # Seconds
-LONGEST_WAIT = 120
 IDLE = 30
 PAUSE = 0.05
 BETWEEN_QUESTIONS = 1
@@ -44,8 +43,8 @@ def connect(path):
 class Gate:
     """Before one process. All who wait here share what systemd says of it."""
 
-    def __init__(self, unit, path):
-        self.unit, self.path = unit, path
+    def __init__(self, unit, path, longest):
+        self.unit, self.path, self.longest = unit, path, longest
         self.guests = 0
         self.asked, self.coming = float("-inf"), None
 
@@ -63,7 +62,7 @@ class Gate:
     async def serve(self, reader, writer):
         self.guests += 1
         try:
-            async with asyncio.timeout(LONGEST_WAIT):
+            async with asyncio.timeout(self.longest):
                 connection = await self.enter()
             if connection:
                 inner_reader, inner_writer = await asyncio.open_unix_connection(sock=connection)
@@ -88,8 +87,8 @@ async def copy(reader, writer):
     writer.write_eof()
 
 
-async def main(unit, path):
-    gate, listener = Gate(unit, path), socket.socket(fileno=FIRST_DESCRIPTOR)
+async def main(unit, path, longest):
+    gate, listener = Gate(unit, path, float(longest)), socket.socket(fileno=FIRST_DESCRIPTOR)
     server = await asyncio.start_server(gate.serve, sock=listener, backlog=socket.SOMAXCONN)
     await gate.nobody_is_here(IDLE)
     # Who is in the queue waits for the next run; who was let in is served by this one.

@@ -30,6 +30,10 @@ is_read() {
     esac
 }
 
+# A socket that is open stays as it was made.
+if systemctl show --property=NeedDaemonReload synapse-gate@matrix-synapse.socket | grep --quiet =yes; then
+    systemctl stop 'synapse-gate@*.socket'
+fi
 is_read || systemctl daemon-reload
 open=$(systemctl list-units --plain --no-legend --state=active 'synapse-gate@*.socket' | cut --delimiter=' ' --fields=1 | xargs)
 without "$gates" "$open" | xargs --no-run-if-empty systemctl start
