@@ -36,10 +36,10 @@ format: setup  ## Lay out Python as lint wants it
 	.venv/bin/ruff format .
 
 test-unit: setup  ## Run the tests of pure logic
-	$(call pytest,test/unit)
+	$(call pytest,test/unit $(TWO_FILES_AT_A_TIME))
 
 test-functional: setup  ## Run the tests of Salt modules, states and templates
-	$(call pytest,test/functional)
+	$(call pytest,test/functional $(TWO_FILES_AT_A_TIME))
 
 test-e2e: setup  ## Apply the formula in disposable hosts and use the homeserver
 	$(call pytest,test/host test/e2e $(TWO_FILES_AT_A_TIME))

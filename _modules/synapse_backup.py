@@ -911,7 +911,7 @@ def _unpack_media(archive, settings):
 
 def _stop(kill, grace, journal, settings):
     reason = f"restore of {journal['backup']}"
-    __salt__["synapse_process.stop"](HOLDER, reason, kill=kill, grace=grace)
+    __salt__["synapse_process.stop"](HOLDER, reason, kill=kill, grace=grace, force=True)
     database, cluster = settings["postgres"]["database"], _cluster()
     others = _sql(OTHERS, cluster, name=database).splitlines()
     if others and not kill:
@@ -1018,7 +1018,7 @@ def _put_all_back(journal, settings):
     touched = journal.setdefault("undo_from", journal["phase"])
     _enter(journal, "undoing", settings)
     if touched in ("switching", "starting"):
-        __salt__["synapse_process.stop"](HOLDER, "a restore is undone", kill=True)
+        __salt__["synapse_process.stop"](HOLDER, "a restore is undone", kill=True, force=True)
         _switch_back(journal, settings)
         _take_back(journal, settings)
     said = "Undone: the database and the files are those of before"

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import time
 
 from salt.exceptions import CommandExecutionError
@@ -387,10 +388,11 @@ def _carry_settings(old, new):
     return unknown
 
 
-def _copy(source, target):
-    shutil.copyfile(source, target)
-    shutil.copystat(source, target)
-    os.chown(target, source.stat().st_uid, source.stat().st_gid)
+def _copy(source, target, text=None):
+    """Copy a file, or what a changed one would hold. The directory is postgres's, who could put a link there meanwhile."""
+    found = source.stat()
+    content = source.read_bytes() if text is None else text
+    __salt__["synapse_files.write"](target, content, found.st_gid, stat.S_IMODE(found.st_mode), found.st_uid)
 
 
 def _copy_settings(source, target, new):
@@ -402,8 +404,7 @@ def _copy_settings(source, target, new):
             unknown.append(found[1])
             line = f"# PostgreSQL {new['version']} does not know it: {line}"
         lines.append(f"{line}\n")
-    _copy(source, target)
-    target.write_text("".join(lines), encoding="utf-8")
+    _copy(source, target, "".join(lines))
     return unknown
 
 

@@ -99,6 +99,20 @@ def unfinished():
     return __salt__["synapse_upgrade.fault"]() or __salt__["synapse_backup.fault"]()
 
 
+def at_work():
+    """
+    Return a sentence that says which work on the database is going on now; None if there is none.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_maintenance.at_work
+    """
+    going_on = __salt__["synapse_upgrade.running"]() or __salt__["synapse_backup.busy"]()
+    return unfinished() if going_on else None
+
+
 def lock(name, reason):
     """
     Take the lock. Who has it already may take it again. Return whether it was free.
@@ -137,7 +151,7 @@ def lock(name, reason):
                 return False
     finally:
         os.unlink(draft)
-    _sync(os.path.dirname(path))
+    __salt__["synapse_files.sync"](os.path.dirname(path))
     return True
 
 
@@ -147,12 +161,6 @@ def _link(draft, path):
     except FileExistsError:
         return False
     return True
-
-
-def _sync(directory):
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def unlock(name):

@@ -354,7 +354,7 @@ def remember():
     summary = _summary(found)
     if not summary["tables"]:
         raise CommandExecutionError("There is no table in Synapse's database: nothing could be compared with that")
-    _remembered().write_text(json.dumps(found, indent=1), encoding="utf-8")
+    __salt__["synapse_files.write"](_remembered(), json.dumps(found, indent=1))
     return summary
 
 

@@ -27,6 +27,9 @@ PROCESS_LABEL = "org.matrix.synapse.process"
 INPUTS_LABEL = "org.matrix.synapse.process.inputs"
 INPUTS_PLACE = "INPUTS"
 
+# What systemd says of a unit of which nothing runs, nor is about to.
+ENDED = ("inactive", "failed")
+
 HELPERS = "/usr/local/lib/matrix-synapse"
 PYTHON_CACHE = "/var/cache/python"
 
@@ -266,7 +269,7 @@ def _patterns():
 
 def pending():
     """
-    Return what a run would do so that the processes are as the pillar says, unless Synapse is under maintenance: a dict with
+    Return what a run would do so that the processes are as the pillar says: a dict with
 
     ``write``
         names whose unit file differs,
@@ -288,15 +291,17 @@ def pending():
     ``stop``
         names of what runs, but should not: only if ``synapse:process:running`` is false.
 
+    Raises CommandExecutionError if Synapse is under maintenance, or a rolling restart is at work.
+
     CLI Example:
 
     .. code-block:: bash
 
         salt-call synapse_process.pending
     """
-    held = __salt__["synapse_maintenance.fault"]()
-    if held:
-        raise CommandExecutionError(held)
+    fault = __salt__["synapse_maintenance.fault"]() or __salt__["synapse_rolling.fault"]()
+    if fault:
+        raise CommandExecutionError(fault)
     wanted = units()
     running = __salt__["synapse_pillar.settings"]()["process"]["running"]
     known, there = states(list(wanted)), containers()
@@ -349,7 +354,7 @@ def apply(todo):
     for verb in ("enable", "disable", "stop"):
         if todo[verb]:
             _systemctl(verb, *_services(todo[verb]))
-    if _restarts_together(todo):
+    if restarts_together(todo):
         # Main takes along the workers that run, and starts all that are enabled: not those that are about to go.
         leaving = [name for name in present() if name not in wanted and _text(name)]
         if leaving:
@@ -370,8 +375,19 @@ def apply(todo):
         raise CommandExecutionError("\n".join(failures))
 
 
-def _restarts_together(todo):
-    """Whether something changed that all share: processes that know it and others that don't must not run side by side."""
+def restarts_together(todo):
+    """
+    Return whether something changed that all share: processes that know it and others that don't must not run side by side.
+
+    todo
+        What :func:`pending` returned.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_process.restarts_together '{restart: [matrix-synapse], start: []}'
+    """
     workers = [name for name in units() if name != MAIN]
     changed = [name for name in workers if name in todo["restart"] or name in todo["start"]]
     return MAIN in todo["restart"] and changed == workers != []
@@ -379,12 +395,13 @@ def _restarts_together(todo):
 
 def _start(names):
     """Have systemd start units, all together, and wait until they are healthy."""
-    if _systemctl_result("start", *_services(names))["retcode"] == 0:
+    done = _systemctl_result("start", *_services(names))
+    if done["retcode"] == 0:
         return
     known = states(names)
     failed = [name for name in names if known[name]["ActiveState"] != "active"]
     if failed:
-        raise CommandExecutionError("\n".join(_obituary(name) for name in failed))
+        raise CommandExecutionError("\n".join([*map(_obituary, failed), done["stderr"]]))
 
 
 def restart(name, alone=True):
@@ -561,7 +578,7 @@ def _count():
 
 
 def _runs(process):
-    return process["unit"] not in ("inactive", "failed")
+    return process["unit"] not in ENDED
 
 
 def _type(process):
@@ -729,7 +746,7 @@ def left(counted):
     return found + ([f"perhaps database sessions ({counted['sessions_fault']})"] if counted["sessions_fault"] else [])
 
 
-def stop(holder=None, reason="an operator's stop", kill=False, grace=None):
+def stop(holder=None, reason="an operator's stop", kill=False, grace=None, force=False):
     """
     Stop Synapse and prove it: nginx answers 503, a lock keeps all units from starting, and a census finds nothing more.
 
@@ -749,10 +766,13 @@ def stop(holder=None, reason="an operator's stop", kill=False, grace=None):
     grace
         Seconds that processes have to end. Defaults to ``synapse:process:stop_grace``.
 
+    force
+        Whether to stop while an upgrade of PostgreSQL or a restore is at work, as these themselves do.
+
     Returns a dict with ``stopped`` (names and strays that ran) and ``killed`` (what had to be).
 
-    Raises CommandExecutionError if somebody else holds the lock, or if the census still finds something in the end;
-    SaltInvocationError for an argument that is none.
+    Raises CommandExecutionError if somebody else holds the lock, if an upgrade or a restore is at work, or if the census still
+    finds something in the end; SaltInvocationError for an argument that is none.
 
     CLI Example:
 
@@ -770,11 +790,14 @@ def stop(holder=None, reason="an operator's stop", kill=False, grace=None):
     ):
         if not is_right:
             raise SaltInvocationError(f"{argument}: {value!r} is not {right}")
-    taken, before = __salt__["synapse_maintenance.lock"](holder, reason), {"processes": []}
+    at_work = not force and __salt__["synapse_maintenance.at_work"]()
+    if at_work:
+        raise CommandExecutionError(at_work)
+    taken, before, closed = __salt__["synapse_maintenance.lock"](holder, reason), {"processes": []}, False
     try:
         before = _count()
         ran = left(before)
-        __salt__["synapse_maintenance.close"]()
+        closed = __salt__["synapse_maintenance.close"]()
         remaining = _terminate(before, grace)
         killed = []
         if remaining and kill:
@@ -787,7 +810,7 @@ def stop(holder=None, reason="an operator's stop", kill=False, grace=None):
             )
     except Exception:
         if taken:
-            _start_again(holder, before)
+            _start_again(holder, before, closed)
         raise
     return {"stopped": ran, "killed": killed}
 
@@ -808,12 +831,19 @@ def _terminate(counted, grace):
     asked, deadline = set(), time.monotonic() + grace
     while (remaining := left(counted)) and time.monotonic() < deadline:
         asked = _ask_to_end(counted, asked)
-        time.sleep(0.1)
+        _wait_for_units(min(deadline, time.monotonic() + 1))
         counted = _count()
     if "running" not in [process["container"] for process in counted["processes"]]:
         _systemctl_result("stop", *_services(present()))
         remaining = _wait_until_nothing_is_left(10)
     return remaining
+
+
+def _wait_for_units(deadline):
+    """Until none runs, as a census takes longer than most processes take to end."""
+    time.sleep(0.05)
+    while any(unit["active"] not in ENDED for unit in _loaded().values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _ask_to_end(counted, asked):
@@ -858,13 +888,14 @@ def _docker(*words):
     __salt__["cmd.run_all"](["docker", *words], python_shell=False, ignore_retcode=True, output_loglevel="debug")
 
 
-def _start_again(holder, before):
-    """After a stop that failed: everything that ran, runs."""
+def _start_again(holder, before, closed):
+    """After a stop that failed: everything that ran, runs, and nginx passes requests on if it did."""
     __salt__["synapse_maintenance.unlock"](holder)
     ran = [process["name"] for process in before["processes"] if process["unit"] in ("active", "activating")]
     if ran:
         _systemctl_result("start", *_services(ran))
-    __salt__["synapse_maintenance.open"]()
+    if closed:
+        __salt__["synapse_maintenance.open"]()
 
 
 def start(holder=None, opened=True, force=False):
@@ -896,7 +927,7 @@ def start(holder=None, opened=True, force=False):
     unfinished = not force and __salt__["synapse_maintenance.unfinished"]()
     if unfinished:
         raise CommandExecutionError(unfinished)
-    wanted = list(units())
+    wanted = __salt__["synapse_workers.names"]()
     __salt__["synapse_maintenance.unlock"](holder)
     _start(wanted)
     sick = [name for name in wanted if not healthy(_private_socket(name))]

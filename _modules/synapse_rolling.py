@@ -17,6 +17,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 EVENT = "synapse/rolling"
 # Of a socket in /proc/net/unix that has a client, and of one that is not accepted yet: socket_state in linux/net.h.
 CONNECTED = ("02", "03")
+AT_WORK = "A rolling restart of Synapse's processes is at work: wait until it has ended"
 # Seconds that requests in flight have when all processes restart. Whatever takes longer is most likely a sync that waits for
 # events, and nobody is served meanwhile.
 TOGETHER = 5
@@ -37,7 +38,8 @@ def restart(names=None, drain=None):
     flight then) and ``restarted`` (seconds).
 
     Raises SaltInvocationError for an argument that is none; CommandExecutionError if Synapse is under maintenance, if another
-    run is at work, or with the end of its journal if a process does not become healthy: the rest is not touched then.
+    run is at work, if what all processes share waits to be applied, or with the end of its journal if a process does not become
+    healthy: the rest is not touched then.
 
     CLI Example:
 
@@ -52,8 +54,11 @@ def restart(names=None, drain=None):
         states = __salt__["synapse_process.states"](list(sockets))
         names = [name for name in sockets if states[name]["ActiveState"] != "inactive"]
     _check(names, drain, sockets)
-    if fault := __salt__["synapse_maintenance.fault"]():
-        raise CommandExecutionError(fault)
+    # Which also knows whether anything speaks against it.
+    if __salt__["synapse_process.restarts_together"](__salt__["synapse_process.pending"]()):
+        raise CommandExecutionError(
+            "What all processes share has changed, so that they must restart together: salt-call state.apply synapse"
+        )
     done = []
     with _alone():
         for number, name in enumerate(names):
@@ -173,10 +178,27 @@ def _is_shut(path):
         return opened is not None and os.stat(opened).st_mode & 0o777 == 0
 
 
+def fault():
+    """
+    Return a sentence if a rolling restart is at work: it would start processes with what an apply writes meanwhile, beside
+    others without it. None if none is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_rolling.fault
+    """
+    return AT_WORK if __salt__["synapse_runs.busy"](_lock_file()) else None
+
+
+def _lock_file():
+    return f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/rolling.lock"
+
+
 def _alone():
     """Two runs could take a process and its peer."""
-    lock = f"{__salt__['synapse_pillar.settings']()['directories']['run']}/root/rolling.lock"
-    return __salt__["synapse_runs.alone"](lock, "Another rolling restart is at work")
+    return __salt__["synapse_runs.alone"](_lock_file(), AT_WORK)
 
 
 def _drain(paths, seconds):

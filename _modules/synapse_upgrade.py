@@ -416,7 +416,7 @@ def _go_back(entry):
         with contextlib.suppress(OSError):
             _enter(entry, "back")
         if touched:
-            __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL goes back to {entry['old']}", kill=True)
+            __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL goes back to {entry['old']}", kill=True, force=True)
         undone = []
         if entry["made"]:
             _drop_new(entry)
@@ -517,7 +517,7 @@ def _return(entry):
     try:
         _enter(entry, "return")
         reason = f"PostgreSQL goes back to {entry['old']}"
-        __salt__["synapse_process.stop"](HOLDER, reason, entry["kill"], entry["grace"])
+        __salt__["synapse_process.stop"](HOLDER, reason, entry["kill"], entry["grace"], force=True)
         _serve(entry, "old")
         _start(entry)
         _check(entry)
@@ -538,7 +538,7 @@ def _return(entry):
 
 def _serve_again(entry):
     if __salt__["synapse_postgres.cluster"]() != entry["new"] or _is_ours():
-        __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL stays on {entry['new']}", kill=True)
+        __salt__["synapse_process.stop"](HOLDER, f"PostgreSQL stays on {entry['new']}", kill=True, force=True)
         _serve(entry, "new")
         __salt__["synapse_process.start"](HOLDER, force=True)
 
@@ -767,7 +767,7 @@ def _faults_of_space(about, data, method):
 
 def _stop(entry):
     __salt__["synapse_process.stop"](
-        HOLDER, f"PostgreSQL moves from {entry['old']} to {entry['new']}", entry["kill"], entry["grace"]
+        HOLDER, f"PostgreSQL moves from {entry['old']} to {entry['new']}", entry["kill"], entry["grace"], force=True
     )
 
 
@@ -865,9 +865,9 @@ def _check(entry):
 
 
 def _open(entry):
-    _leave_behind(entry["old"], entry["about"]["data"])
     __salt__["synapse_maintenance.open"]()
     entry["served_since"] = entry.get("served_since") or _now()
+    _leave_behind(entry["old"], entry["about"]["data"])
 
 
 def _care(entry):

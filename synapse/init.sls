@@ -14,6 +14,10 @@ The pillar is right:
 Synapse is not under maintenance:
   test.fail_without_changes:
     - comment: {{ salt["synapse_maintenance.fault"]() | json }}
+{%- elif salt["synapse_rolling.fault"]() %}
+No rolling restart is at work:
+  test.fail_without_changes:
+    - comment: {{ salt["synapse_rolling.fault"]() | json }}
 {%- elif salt["synapse_postgres.fault"]() %}
 PostgreSQL is the one that the pillar asks for:
   test.fail_without_changes:

@@ -6,7 +6,8 @@
 {%- set context = salt["synapse_nginx.context"]() %}
 {%- set file = "/etc/nginx/conf.d/matrix-synapse.conf" %}
 {%- set helpers = "/usr/local/lib/matrix-synapse" %}
-{%- set loaded = ([context.nginx.status_socket, context.digest] + context.gates) | join(" ") %}
+{%- set gates = synapse.directories.run ~ "/gate" %}
+{%- set loaded = ([context.nginx.status_socket, context.digest, gates, context.nginx.user] + context.gates) | join(" ") %}
 
 include:
   - synapse.config
@@ -38,6 +39,9 @@ The gate's {{ unit }} is declared:
     - template: jinja
     - context: {{ {"helpers": helpers, "run": synapse.directories.run, "nginx": context.nginx} | json }}
     - mode: "0644"
+    {#- Between this and the command below, the unit and the program that it starts may not fit. #}
+    - require:
+      - file: nginx is configured for Synapse
     - require_in:
       - synapse_command: nginx runs with this configuration
 {%- endfor %}
@@ -91,8 +95,15 @@ The helper {{ helper }} is in place:
     - source: salt://synapse/nginx/files/{{ helper }}
     - mode: "0755"
     - makedirs: true
+    {%- if helper == "check-nginx.sh" %}
     - require_in:
       - file: nginx is configured for Synapse
+    {%- else %}
+    - require:
+      - file: nginx is configured for Synapse
+    - require_in:
+      - synapse_command: nginx runs with this configuration
+    {%- endif %}
 {%- endfor %}
 {%- endif %}
 

@@ -407,7 +407,8 @@ def reload_nginx(digest):
     listed = ["systemctl", "list-units", "--plain", "--no-legend", "synapse-gate@*.socket"]
     shown = subprocess.run(listed, check=True, capture_output=True, text=True).stdout
     gates = [line.split()[0] for line in shown.splitlines()]
-    return timed(lambda: run("/usr/local/lib/matrix-synapse/load-nginx", f"{RUN}/nginx/status.sock", digest, *gates))
+    arguments = [f"{RUN}/nginx/status.sock", digest, f"{RUN}/gate", "www-data", *gates]
+    return timed(lambda: run("/usr/local/lib/matrix-synapse/load-nginx", *arguments))
 
 
 PROBES = {

@@ -7,15 +7,14 @@ import pytest
 from deployment import Deployment, salt_run
 from host import Host
 
-# Small, but with every kind of process: one that serves clients, a sharded stream, an unsharded one, one that serves
-# nobody, one that is named in a setting, and the media repository.
+# Small, but with every kind of process: one that serves clients, the writer of a stream, one that serves nobody, one that is
+# named in a setting, and the media repository. A stream with two writers is in test_streams.py.
 PILLAR = {
     "server_name": "example.org",
     "workers": {
         "list": [
             {"type": "generic", "count": 2},
             {"type": "stream-writer", "stream": "typing"},
-            {"type": "stream-writer", "stream": "events", "count": 2},
             {"type": "federation-sender"},
             {"type": "background"},
             {"type": "media-repository", "memory": "700M", "cpus": 1.5, "arguments": ["--shm-size=16m"]},

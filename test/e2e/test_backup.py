@@ -205,7 +205,7 @@ def test_a_backup_that_was_killed_is_none_and_the_next_keeps_as_many_as_asked(de
     host = deployed.host
     before = backups(host)
     process = in_background(host, "synapse_backup.create")
-    until(lambda: "synapse_scratch" in clusters(host), "the backup is being verified")
+    until(lambda: "synapse_scratch" in clusters(host), "the backup is being verified", passing=True)
     with pytest.raises(HostError, match="Another backup, verification or restore is running"):
         host.salt("synapse_backup.create")
     host.run("kill", "-KILL", process)
@@ -324,7 +324,7 @@ def test_a_restore_that_is_killed_in_every_phase_is_put_right_by_the_same_comman
                 if last == "switching":
                     # Too quick to be met: it has to wait for a lock.
                     stack.enter_context(held(host, "pg_database"))
-                until(lambda last=last: phase(host) == last, f"it is {last}")
+                until(lambda last=last: phase(host) == last, f"it is {last}", passing=True)
             host.run("kill", "-KILL", process)
             assert "synapse" in databases(host), "there is one at any time"
         assert host.run("pgrep", "--exact", "pg_restore", check=False).stdout == ""
@@ -351,7 +351,7 @@ def test_a_restore_that_was_killed_can_be_given_up(deployed, talk):
     alice.say(room, "before it was given up")
     before = databases(host)
     process = in_background(host, "synapse_backup.restore", talk["backup"])
-    until(lambda: phase(host) == "starting", "it is starting")
+    until(lambda: phase(host) == "starting", "it is starting", passing=True)
     host.run("kill", "-KILL", process)
     with pytest.raises(Refused):
         alice.heard(room)
@@ -368,7 +368,7 @@ def test_a_restore_whose_terminal_goes_goes_back(deployed, talk):
     before = databases(host)
     process = in_background(host, "synapse_backup.restore", talk["backup"])
     for at in ("starting", "undoing"):
-        until(lambda at=at: phase(host) == at, f"it is {at}")
+        until(lambda at=at: phase(host) == at, f"it is {at}", passing=True)
         host.run("kill", "-HUP", process)
     until(lambda: host.run("kill", "-0", process, check=False).returncode, "it ends")
     said = host.read("/tmp/background.log")

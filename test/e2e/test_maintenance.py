@@ -158,9 +158,11 @@ def test_a_process_with_a_session_that_nobody_knows_is_found(deployed):
 
 
 def test_a_worker_that_ignores_sigterm_is_named_and_killed_only_if_allowed(deployed):
+    deployed.host.salt("synapse_maintenance.close")
     deployed.host.run("docker", "kill", "--signal=STOP", GENERIC)
     with pytest.raises(HostError, match=f"still there: .*{GENERIC}"):
         stop(deployed, grace=3)
+    assert census(deployed)["closed"], "a stop that failed opens no door that it did not close"
     deployed.host.run("docker", "kill", "--signal=CONT", GENERIC)
     until(deployed.all_healthy, "a stop that failed starts all again")
     deployed.host.run("docker", "kill", "--signal=STOP", GENERIC)

@@ -81,6 +81,10 @@ def test_an_apply_that_restarts_several_workers_of_a_type_fails_no_request(synap
 def test_a_change_that_all_share_restarts_them_together_and_requests_wait(synapse):
     before = synapse.starts()
     synapse.pillar["config"] = {**synapse.pillar.get("config", {}), "user_ips_max_age": "14d"}
+    synapse.write_pillar()
+    with pytest.raises(HostError, match="What all processes share has changed"):
+        synapse.host.salt("synapse_rolling.restart", [TYPING])
+    assert restarted(synapse, before) == set()
     with Load(synapse) as load:
         synapse.apply()
     assert restarted(synapse, before) == set(before)
@@ -117,6 +121,7 @@ def test_a_rolling_restart_that_is_killed_is_finished_by_the_next_apply(synapse)
         return host.sh(f"find {PUBLIC} -type s -perm 0 -printf '%f\\n'").stdout.split()
 
     until(shut, "a process is taken from nginx")
+    assert "A rolling restart of Synapse's processes is at work" in synapse.refused()
     host.sh("kill -KILL $(cat /run/rolling.pid)")
     (left,) = [file.removesuffix(".sock") for file in shut()]
     assert left in GENERICS

@@ -3,13 +3,14 @@
 Holds requests for a Synapse process that is about to be back: gate UNIT SOCKET SECONDS
 
 nginx comes here when no process that could answer takes a connection. systemd hands over the socket that this program
-listens on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET, for SECONDS at most. It is refused
-when systemd neither runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and systemd starts it for
-the next.
+listens on (sd_listen_fds(3)). A connection waits until the process takes it at its own SOCKET, for SECONDS at most. It is
+refused when systemd neither runs the process's UNIT nor is about to. When nobody has come for a while, the program ends, and
+systemd starts it for the next.
 """
 
 import asyncio
 import contextlib
+import select
 import socket
 import sys
 
@@ -40,6 +41,13 @@ def connect(path):
         return None
 
 
+def has_left(guest):
+    """Whether nginx has closed a connection, as it does when its client does: nobody wants the answer any more."""
+    asked = select.poll()
+    asked.register(guest, select.POLLRDHUP)
+    return bool(asked.poll(0))
+
+
 class Gate:
     """Before one process. All who wait here share what systemd says of it."""
 
@@ -48,8 +56,8 @@ class Gate:
         self.guests = 0
         self.asked, self.coming = float("-inf"), None
 
-    async def enter(self):
-        """Return a connection to the process; None if it does not come."""
+    async def enter(self, guest):
+        """Return a connection to the process for a guest's; None if it does not come, or if the guest leaves."""
         while not (connection := connect(self.path)):
             now = asyncio.get_running_loop().time()
             if now - self.asked > BETWEEN_QUESTIONS:
@@ -57,13 +65,15 @@ class Gate:
             if not await asyncio.shield(self.coming):
                 return None
             await asyncio.sleep(PAUSE)
+            if has_left(guest):
+                return None
         return connection
 
     async def serve(self, reader, writer):
         self.guests += 1
         try:
             async with asyncio.timeout(self.longest):
-                connection = await self.enter()
+                connection = await self.enter(writer.get_extra_info("socket"))
             if connection:
                 inner_reader, inner_writer = await asyncio.open_unix_connection(sock=connection)
                 with contextlib.closing(inner_writer):

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Has nginx load its configuration, opens the gates and no other, and sees to it that they run: load-nginx STATUS_SOCKET DIGEST GATE...
+# Has nginx load its configuration, opens the gates and no other, and sees to it that they run:
+# load-nginx STATUS_SOCKET DIGEST GATES_DIRECTORY NGINX_GROUP GATE...
 set -eu
-gates=$(shift 2 && echo "$*")
+directory=$3 group=$4
+gates=$(shift 4 && echo "$*")
 
 loaded() {
     "$(dirname "$0")/nginx-is-loaded" "$@"
@@ -30,14 +32,12 @@ is_read() {
     esac
 }
 
-# A socket that is open stays as it was made.
-if systemctl show --property=NeedDaemonReload synapse-gate@matrix-synapse.socket | grep --quiet =yes; then
-    systemctl stop 'synapse-gate@*.socket'
-fi
 is_read || systemctl daemon-reload
 open=$(systemctl list-units --plain --no-legend --state=active 'synapse-gate@*.socket' | cut --delimiter=' ' --fields=1 | xargs)
 without "$gates" "$open" | xargs --no-run-if-empty systemctl start
 without "$open" "$gates" | xargs --no-run-if-empty systemctl stop
+# A socket that is open stays as it was made, and can't be opened anew while somebody passes.
+find "$directory" -name '*.sock' ! -group "$group" -exec chgrp "$group" {} +
 systemctl reload-or-restart nginx
 deadline=$(($(date +%s) + 5))
 until loaded "$@"; do
