@@ -1,4 +1,4 @@
-"""One disposable host for all end-to-end tests, with the formula applied."""
+"""A disposable host for the end-to-end tests, with the formula applied."""
 
 import copy
 import os
@@ -7,15 +7,14 @@ import pytest
 from deployment import Deployment, salt_run
 from host import Host
 
-# Small, but with every kind of process: one that serves clients, the writer of a stream, one that serves nobody, one that is
-# named in a setting, and the media repository. A stream with two writers is in test_streams.py.
+# Every kind of process: those that share the clients, one that all know of (the writer of a stream), one that serves nobody, and
+# one with arguments of its own. What else there is, test_streams.py has.
 PILLAR = {
     "server_name": "example.org",
     "workers": {
         "list": [
             {"type": "generic", "count": 2},
             {"type": "stream-writer", "stream": "typing"},
-            {"type": "federation-sender"},
             {"type": "background"},
             {"type": "media-repository", "memory": "700M", "cpus": 1.5, "arguments": ["--shm-size=16m"]},
         ]
@@ -32,6 +31,9 @@ PILLAR = {
         "rc_room_creation": {"per_second": 1000, "burst_count": 1000},
     },
 }
+
+# For tests to which it is all the same how many workers there are, and which.
+ONE_WORKER = PILLAR | {"workers": {"list": [{"type": "generic"}]}}
 
 
 @pytest.fixture(scope="session")
@@ -52,21 +54,32 @@ def first_runs(host):
     return {"test": deployment.apply(test=True), "real": deployment.apply(), "deployment": deployment}
 
 
-@pytest.fixture(scope="session")
-def deployment(first_runs):
-    return first_runs["deployment"]
+@pytest.fixture(scope="module")
+def pillar():
+    """What a module's tests find, and leave. A module may have another."""
+    return PILLAR
+
+
+@pytest.fixture(scope="module")
+def deployment(first_runs, pillar):
+    return restored(first_runs["deployment"], pillar)
 
 
 @pytest.fixture
-def deployed(deployment):
-    """The deployment as the pillar above has it, before the test and after it."""
+def deployed(deployment, pillar):
+    """The deployment as the pillar has it, before the test and after it."""
     yield deployment
-    if deployment.pillar != PILLAR:
-        deployment.pillar = copy.deepcopy(PILLAR)
+    restored(deployment, pillar)
+
+
+def restored(deployment, pillar):
+    if deployment.pillar != pillar:
+        deployment.pillar = copy.deepcopy(pillar)
         deployment.apply()
+    return deployment
 
 
-@pytest.fixture
-def master(deployed):
-    with salt_run(deployed.host) as run:
+@pytest.fixture(scope="module")
+def master(deployment):
+    with salt_run(deployment.host) as run:
         yield run

@@ -7,6 +7,7 @@ import contextlib
 import json
 
 import pytest
+from conftest import ONE_WORKER
 from deployment import until
 
 BRIDGE = "testbridge"
@@ -27,6 +28,11 @@ class Remote:
     def heard(self):
         messages = json.loads(self.host.run("curl", "--silent", "--show-error", "--fail", self.url).stdout)
         return [message["text"] for message in messages]
+
+
+@pytest.fixture(scope="module")
+def pillar():
+    return ONE_WORKER
 
 
 @pytest.fixture(scope="module", autouse=True)

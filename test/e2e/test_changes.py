@@ -9,7 +9,7 @@ import pytest
 from deployment import MAIN, request, until
 
 PROCESSES = "Synapse's processes are running"
-BACKGROUND = "matrix-synapse-worker-4-background"
+BACKGROUND = "matrix-synapse-worker-3-background"
 
 
 def restarted(deployed, before):
@@ -52,9 +52,9 @@ def test_one_more_generic_worker_restarts_nobody(deployed):
     worker(deployed, "generic")["count"] = 3
     applied_exactly(deployed)
     assert restarted(deployed, before) == set()
-    assert "matrix-synapse-worker-6-generic" in deployed.starts()
+    assert "matrix-synapse-worker-5-generic" in deployed.starts()
     nginx = deployed.host.read("/etc/nginx/conf.d/matrix-synapse.conf")
-    assert "matrix-synapse-worker-6-generic.sock" in nginx
+    assert "matrix-synapse-worker-5-generic.sock" in nginx
 
 
 def test_a_worker_that_left_the_pillar_leaves_nothing(deployed):
@@ -88,9 +88,9 @@ def test_a_worker_that_failed_leaves_no_ghost_when_it_is_removed(deployed):
 
 
 def test_a_worker_that_all_know_of_leaves_before_the_others_restart(deployed):
-    gone, now = "matrix-synapse-worker-3-federation-sender", deployed.host.sh("date '+%F %T'").stdout.strip()
+    gone, now = "matrix-synapse-worker-2-stream-writer-typing", deployed.host.sh("date '+%F %T'").stdout.strip()
     before = deployed.starts()
-    worker(deployed, "federation-sender")["count"] = 0
+    worker(deployed, "stream-writer")["count"] = 0
     done = applied_exactly(deployed)
     assert restarted(deployed, before) == set(before) - {gone} == set(done[PROCESSES])
     journal = deployed.host.run("journalctl", "--since", now, "--output", "cat", "--unit", f"{gone}.service").stdout
@@ -270,7 +270,7 @@ def test_an_nginx_that_is_not_managed_is_left_alone(deployed):
     # Which nginx would have to know of.
     worker(deployed, "generic")["count"] = 3
     done = applied_exactly(deployed)
-    assert "matrix-synapse-worker-6-generic" in done[PROCESSES]
+    assert "matrix-synapse-worker-5-generic" in done[PROCESSES]
     assert not [state for state in done if "nginx" in state]
     assert deployed.host.sh(look).stdout == before
 

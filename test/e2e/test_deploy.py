@@ -28,9 +28,8 @@ def test_workers_are_named_in_sequence(deployed):
         "matrix-synapse-worker-0-generic",
         "matrix-synapse-worker-1-generic",
         "matrix-synapse-worker-2-stream-writer-typing",
-        "matrix-synapse-worker-3-federation-sender",
-        "matrix-synapse-worker-4-background",
-        "matrix-synapse-worker-5-media-repository",
+        "matrix-synapse-worker-3-background",
+        "matrix-synapse-worker-4-media-repository",
     ]
 
 
@@ -52,7 +51,7 @@ def test_docker_shows_every_process_as_healthy(deployed):
 
 def test_the_health_check_of_a_process_that_hangs_fails_until_it_goes_on(deployed):
     """Of one without listeners for others too: the check asks the process itself."""
-    name = "matrix-synapse-worker-4-background"
+    name = "matrix-synapse-worker-3-background"
     listed = deployed.host.run("docker", "top", name, "-eo", "pid,args").stdout.splitlines()
     pids = [line.split()[0] for line in listed if "-m synapse.app" in line and "docker-init" not in line]
     assert len(pids) == 1
@@ -84,7 +83,7 @@ def test_containers_are_confined(deployed):
 
 
 def test_limits_and_arguments_of_the_pillar_reach_the_container(deployed):
-    media = deployed.containers()["matrix-synapse-worker-5-media-repository"]["HostConfig"]
+    media = deployed.containers()["matrix-synapse-worker-4-media-repository"]["HostConfig"]
     assert media["Memory"] == 700 * 1024 * 1024
     assert media["NanoCpus"] == 1_500_000_000
     assert media["ShmSize"] == 16 * 1024 * 1024
@@ -115,7 +114,7 @@ def test_max_connections_suffices_for_the_plan(deployed):
     needed = deployed.host.salt("synapse_workers.plan")["max_connections"]
     # Not less than were allowed before.
     assert int(psql(deployed, "show max_connections")[0]) >= needed
-    assert needed >= 7 * 10
+    assert needed >= 6 * 10
 
 
 def test_database_sessions_bear_the_names_of_their_processes(deployed):
@@ -197,7 +196,7 @@ def test_media_is_stored_and_served_by_the_media_repository(deployed):
     assert alice.ask("GET", download, Range="bytes=1-3") == b"PNG"
     log = deployed.host.run("tail", "--lines", "200", "/var/log/nginx/matrix-synapse.access.log").stdout
     uploads = [line for line in log.splitlines() if "/media/v3/upload" in line]
-    assert "matrix-synapse-worker-5-media-repository.sock" in uploads[-1]
+    assert "matrix-synapse-worker-4-media-repository.sock" in uploads[-1]
 
 
 def test_well_known_tells_where_the_homeserver_is(deployed):

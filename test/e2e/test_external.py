@@ -6,7 +6,7 @@ import json
 import secrets
 
 import pytest
-from conftest import PILLAR
+from conftest import ONE_WORKER, restored
 from deployment import MAIN, until
 from host import HostError
 
@@ -21,6 +21,11 @@ PASSWORDS = {service: f"it's 100% \"#: $HOME {token}" for service, token in TOKE
 def psql(host, cluster, sql):
     words = ["psql", "--cluster", f"15/{cluster}", "--no-psqlrc", "--tuples-only", "--no-align", "--quiet"]
     return host.run("runuser", "--user", "postgres", "--", *words, "--set=ON_ERROR_STOP=1", input=sql).stdout.split()
+
+
+@pytest.fixture(scope="module")
+def pillar():
+    return ONE_WORKER
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +56,11 @@ def servers(deployment):
 
 
 @pytest.fixture(scope="module")
-def moved(deployment, servers):
+def moved(deployment, pillar, servers):
     """The deployment with Synapse on these servers, and what Salt returned of the run that moved it there."""
     common = {"managed": False, "host": GATEWAY}
     deployment.pillar = {
-        **copy.deepcopy(PILLAR),
+        **copy.deepcopy(pillar),
         "postgres": {**common, "port": 5433, "database": NAME, "user": NAME, "password": PASSWORDS["postgres"]},
         "redis": {**common, "port": 6380, "password": PASSWORDS["redis"]},
     }
@@ -64,8 +69,7 @@ def moved(deployment, servers):
         returned = deployment.host.salt("state.apply", "synapse")
         yield deployment, returned
     finally:
-        deployment.pillar = copy.deepcopy(PILLAR)
-        deployment.apply()
+        restored(deployment, pillar)
 
 
 def test_an_apply_moves_every_process_to_the_external_servers(moved):

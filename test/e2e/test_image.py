@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ONE_WORKER
 from deployment import until
 
 VERSION = "v1.163.2"
@@ -14,6 +15,11 @@ MIRROR = "127.0.0.1:5000/synapse"
 MIRRORED = f"{MIRROR}:{VERSION}"
 # What the host itself trusts; a build has to trust it as well.
 CA_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+
+
+@pytest.fixture(scope="module")
+def pillar():
+    return ONE_WORKER
 
 
 def image_id(deployed, reference):

@@ -6,7 +6,7 @@ import pytest
 from deployment import MAIN, Refused, until
 
 GENERIC = "matrix-synapse-worker-0-generic"
-BACKGROUND = "matrix-synapse-worker-4-background"
+BACKGROUND = "matrix-synapse-worker-3-background"
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,17 @@ import json
 import time
 
 import pytest
+from conftest import ONE_WORKER
 from deployment import MAIN, Refused, until
 from host import HostError
 
 GENERIC = "matrix-synapse-worker-0-generic"
 LOCK = "/var/lib/matrix-synapse/maintenance.json"
+
+
+@pytest.fixture(scope="module")
+def pillar():
+    return ONE_WORKER
 
 
 @pytest.fixture(autouse=True)

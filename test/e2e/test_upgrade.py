@@ -570,9 +570,9 @@ def test_dump_moves_everything(synapse):
 # --- By a master ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def master(synapse):
-    with salt_run(synapse.host) as run:
+@pytest.fixture(scope="module")
+def master(site):
+    with salt_run(site.host) as run:
         yield run
 
 
