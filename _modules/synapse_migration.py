@@ -33,6 +33,9 @@ METHODS = {
     "dump": {"space": 1.5, "option": None},
 }
 
+# How often statistics are begun anew after a deadlock.
+ATTEMPTS = 5
+
 # What a new cluster has of its own, and writes at the start.
 SPACE = 256 << 20
 
@@ -489,8 +492,19 @@ def care(name, method):
             )
     # From 18 on pg_upgrade brings the statistics along, but for a few.
     missing = ["--missing-stats-only"] if method != "dump" and version >= 18 else []
-    __salt__["synapse_cluster.client"](name, "vacuumdb", "--all", "--analyze-in-stages", *missing)
+    _analyze(name, *missing)
     return done
+
+
+def _analyze(name, *options):
+    """Make statistics. Synapse's background updates make indexes meanwhile, which may end in a deadlock, at the expense of either."""
+    for attempt in range(ATTEMPTS):
+        try:
+            __salt__["synapse_cluster.client"](name, "vacuumdb", "--all", "--analyze-in-stages", *options)
+            return
+        except CommandExecutionError as err:
+            if "deadlock detected" not in str(err) or attempt == ATTEMPTS - 1:
+                raise
 
 
 def _about_collation(kind):

@@ -689,6 +689,9 @@ def _others_at_work():
     states = [job["fun"] for job in __salt__["saltutil.is_running"]("state.*")]
     if states:
         yield f"Salt is at work here, let it end first: {', '.join(states)}"
+    restart = __salt__["synapse_rolling.fault"]()
+    if restart:
+        yield restart
     restore = __salt__["synapse_backup.fault"]()
     if restore:
         yield restore
