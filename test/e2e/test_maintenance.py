@@ -203,7 +203,7 @@ def test_a_master_stops_and_starts_it(deployed, master):
     assert deployed.all_healthy()
     before = deployed.starts()
     arguments = {"target": deployed.host.name, "arguments": {"kill": True, "holder": "bob", "reason": "tests"}}
-    # Both functions take longer than this, and are waited for all the same.
+    # The start takes longer than this, and is waited for all the same.
     arguments["timeout"] = 2
     master("state.orchestrate", "synapse.orch.restart", f"pillar={json.dumps(arguments)}")
     assert deployed.all_healthy()
