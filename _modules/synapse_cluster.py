@@ -469,12 +469,12 @@ def drop(name, data=None):
     return there is not None
 
 
-def stop(name):
+def stop(*names):
     """
-    Stop a cluster in order, and wait until it is down. Return whether it ran.
+    Stop clusters in order, side by side, and wait until they are down. Return the names of those that ran.
 
-    name
-        The cluster.
+    names
+        The clusters.
 
     CLI Example:
 
@@ -482,16 +482,40 @@ def stop(name):
 
         salt-call synapse_cluster.stop 18/main
     """
-    version, cluster = name.split("/")
-    ran = _cluster(name)["running"]
-    if "activating" in _job(name):
-        # It waits for that to end: see start(). What systemd calls off is killed, and not stopped in order.
-        _run_all("systemctl", "start", _unit(name))
-    _run("systemctl", "stop", _unit(name))
-    if _cluster(name)["running"]:
-        # It was not systemd that started it.
-        _run("pg_ctlcluster", "--skip-systemctl-redirect", "--mode=fast", version, cluster, "stop")
+    ran = [name for name in names if _cluster(name)["running"]]
+    for name in names:
+        if "activating" in _job(name):
+            # It waits for that to end: see start(). What systemd calls off is killed, and not stopped in order.
+            _run_all("systemctl", "start", _unit(name))
+    _run("systemctl", "stop", *map(_unit, names))
+    for name in names:
+        if _cluster(name)["running"]:
+            # It was not systemd that started it.
+            _run("pg_ctlcluster", "--skip-systemctl-redirect", "--mode=fast", *name.split("/"), "stop")
     return ran
+
+
+def set_read_only(name, on):
+    """
+    Have a cluster that runs take no changes, unless a session insists; or take them again.
+
+    name
+        The cluster.
+
+    on
+        Whether it takes none.
+
+    Source: https://www.postgresql.org/docs/current/runtime-config-client.html, ``default_transaction_read_only``
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call synapse_cluster.set_read_only 15/main false
+    """
+    setting = "default_transaction_read_only"
+    change = f"set {setting} = on" if on else f"reset {setting}"
+    _query(_cluster(name), f"alter system {change};\nselect pg_reload_conf()")
 
 
 def start(name):

@@ -659,6 +659,9 @@ def _preflight(entry):
     entry["left_behind"] = __salt__["synapse_cluster.create"](new, about, spare)
     _tell("preflight: pg_upgrade --check")
     __salt__["synapse_migration.check"](old, new, entry["method"], entry["jobs"])
+    if entry["method"] == "dump":
+        # It has to run for that.
+        __salt__["synapse_cluster.start"](new)
     _meet(entry)
     entry["met_on_old"] = list(entry["probes"])
 
@@ -780,19 +783,22 @@ def _upgrade(entry):
     entry["others"] = [f"{row['program'] or 'a nameless program'} on {row['datname']}" for row in others]
     if others:
         _tell(f"upgrade: these are cut off until the switch: {', '.join(entry['others'])}")
-    if others or entry["method"] == "dump":
         # Where nobody finds it who would go on writing to it.
         __salt__["synapse_cluster.stop"](old)
         __salt__["synapse_cluster.place_at"](old, entry["parking"], "manual")
         __salt__["synapse_cluster.start"](old)
+    if entry["method"] == "dump":
+        # It runs all the while, and who comes now would write what stays behind.
+        __salt__["synapse_cluster.set_read_only"](old, True)
     _write(_contents_file(), __salt__["synapse_migration.contents"](old, entry["method"]))
     if entry["method"] != "dump":
         __salt__["synapse_cluster.stop"](old)
         # Nor does anybody start it, in the middle of the copy.
         __salt__["synapse_cluster.place_at"](old, entry["parking"], "disabled")
     __salt__["synapse_migration.move"](old, entry["new"], entry["method"], entry["jobs"], _progress(entry))
-    for cluster in ("old", "new"):
-        __salt__["synapse_cluster.stop"](entry[cluster])
+    if entry["method"] == "dump":
+        __salt__["synapse_cluster.set_read_only"](old, False)
+    __salt__["synapse_cluster.stop"](old, entry["new"])
     __salt__["synapse_cluster.place_at"](old, entry["parking"], "disabled")
 
 
@@ -850,6 +856,9 @@ def _serve(entry, serving):
         __salt__["synapse_cluster.stop"](cluster)
     __salt__["synapse_cluster.place_at"](cluster, port, "auto")
     __salt__["synapse_cluster.start"](cluster)
+    if serving == "old":
+        # As a dump that was cut off may have left it.
+        __salt__["synapse_cluster.set_read_only"](cluster, False)
     write_record(cluster)
 
 

@@ -91,5 +91,5 @@ def test_a_server_that_never_answers_is_not_waited_for_forever(run, minion, monk
 )
 def test_a_stop_lets_a_start_come_to_its_end(run, state, asked):
     machine = Machine(state, DOWN)
-    assert run(machine, "stop") is True
+    assert run(machine, "stop") == [NAME]
     assert machine.did() == asked
