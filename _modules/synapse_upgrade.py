@@ -660,7 +660,7 @@ def _preflight(entry):
     _tell("preflight: pg_upgrade --check")
     __salt__["synapse_migration.check"](old, new, entry["method"], entry["jobs"])
     if entry["method"] == "dump":
-        # It has to run for that.
+        # To load a dump it has to run.
         __salt__["synapse_cluster.start"](new)
     _meet(entry)
     entry["met_on_old"] = list(entry["probes"])
