@@ -36,7 +36,7 @@ format: setup  ## Lay out Python as lint wants it
 	.venv/bin/ruff format .
 
 test-unit: setup  ## Run the tests of pure logic
-	$(call pytest,test/unit $(TWO_FILES_AT_A_TIME))
+	$(call pytest,test/unit)
 
 test-functional: setup  ## Run the tests of Salt modules, states and templates
 	$(call pytest,test/functional $(TWO_FILES_AT_A_TIME))
