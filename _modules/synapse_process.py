@@ -828,22 +828,27 @@ def _terminate(counted, grace):
     """Have everything end by SIGTERM that a census found; return what is left after the grace time."""
     # The units' own `ExecStop=` kills after its grace time. SIGTERM first, so that nothing is killed unasked: the units'
     # automatic restart meets the lock. A unit that was past the lock already shows up later.
-    asked, deadline = set(), time.monotonic() + grace
-    while (remaining := left(counted)) and time.monotonic() < deadline:
+    asked, deadline, remaining = set(), time.monotonic() + grace, True
+    while remaining and time.monotonic() < deadline:
         asked = _ask_to_end(counted, asked)
-        _wait_for_units(min(deadline, time.monotonic() + 1))
+        if _have_ended(min(deadline, time.monotonic() + 1)):
+            # Nothing is left that it would kill, but perhaps a start that is only about to be.
+            _systemctl_result("stop", *_patterns())
         counted = _count()
-    if "running" not in [process["container"] for process in counted["processes"]]:
+        remaining = left(counted)
+    if remaining and "running" not in [process["container"] for process in counted["processes"]]:
         _systemctl_result("stop", *_services(present()))
         remaining = _wait_until_nothing_is_left(10)
     return remaining
 
 
-def _wait_for_units(deadline):
-    """Until none runs, as a census takes longer than most processes take to end."""
-    time.sleep(0.05)
-    while any(unit["active"] not in ENDED for unit in _loaded().values()) and time.monotonic() < deadline:
+def _have_ended(deadline):
+    """Wait until no unit runs, as a census takes longer than most processes take to end. Return whether none does."""
+    while any(unit["active"] not in ENDED for unit in _loaded().values()):
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(0.05)
+    return True
 
 
 def _ask_to_end(counted, asked):

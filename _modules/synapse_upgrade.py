@@ -664,6 +664,8 @@ def _preflight(entry):
         __salt__["synapse_cluster.start"](new)
     _meet(entry)
     entry["met_on_old"] = list(entry["probes"])
+    # What is not on disk yet, its stop would have to write.
+    __salt__["synapse_cluster.query"](old, "checkpoint")
 
 
 def _meet(entry):
