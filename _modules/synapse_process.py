@@ -836,7 +836,8 @@ def _terminate(counted, grace):
             _systemctl_result("stop", *_patterns())
         counted = _count()
         remaining = left(counted)
-    if remaining and "running" not in [process["container"] for process in counted["processes"]]:
+    processes = counted["processes"]
+    if any(map(_runs, processes)) and "running" not in [process["container"] for process in processes]:
         _systemctl_result("stop", *_services(present()))
         remaining = _wait_until_nothing_is_left(10)
     return remaining

@@ -16,6 +16,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import time
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -25,6 +26,9 @@ EVENT = "synapse/postgres/upgrade"
 FULL = 16 << 20
 # Kept beside the journal, so that a disk that the upgrade fills has room for the journal and the lock on the way back.
 RESERVE = 1 << 20
+
+# How often it is tried to remove the test users.
+ATTEMPTS = 4
 
 # What Synapse itself checks when it starts, before anybody notices a sequence that lags behind.
 POSITIONS = "select stream_name as name, max(stream_id) as position from stream_positions group by stream_name"
@@ -898,11 +902,19 @@ def _try_to_remove_probes(entry):
 
 
 def _remove_probes(entry):
+    """Remove the test users. Synapse may answer 500 where its background updates are at work, on a database that was just made."""
     if not entry["probes"]:
         return
-    if not __salt__["synapse_probe.has_begun"]():
-        _meet(entry)
-    __salt__["synapse_probe.end"](entry["probes"])
+    for attempt in range(ATTEMPTS):
+        try:
+            if not __salt__["synapse_probe.has_begun"]():
+                _meet(entry)
+            __salt__["synapse_probe.end"](entry["probes"])
+            break
+        except CommandExecutionError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(attempt)
     entry["probes"] = []
     _write(journal_file(), entry)
 

@@ -140,7 +140,7 @@ def test_a_stray_container_is_found_and_stopped(deployed):
     before = deployed.starts()
     with pytest.raises(HostError, match="still there: the container stray"):
         # time for everything else, also on a machine under load
-        stop(deployed, grace=20)
+        stop(deployed, grace=10)
     assert not deployed.host.sh(f"ls {LOCK} || true").stdout
     until(deployed.all_healthy, "a stop that failed starts all again")
     assert all(deployed.starts()[name] > start for name, start in before.items())
