@@ -33,9 +33,6 @@ METHODS = {
     "dump": {"space": 1.5, "option": None},
 }
 
-# How often statistics are begun anew after a deadlock.
-ATTEMPTS = 5
-
 # What a new cluster has of its own, and writes at the start.
 SPACE = 256 << 20
 
@@ -498,13 +495,8 @@ def care(name, method):
 
 def _analyze(name, *options):
     """Make statistics. Synapse's background updates make indexes meanwhile, which may end in a deadlock, at the expense of either."""
-    for attempt in range(ATTEMPTS):
-        try:
-            __salt__["synapse_cluster.client"](name, "vacuumdb", "--all", "--analyze-in-stages", *options)
-            return
-        except CommandExecutionError as err:
-            if "deadlock detected" not in str(err) or attempt == ATTEMPTS - 1:
-                raise
+    words = (name, "vacuumdb", "--all", "--analyze-in-stages", *options)
+    __salt__["synapse_runs.persist"](lambda: __salt__["synapse_cluster.client"](*words), "deadlock detected")
 
 
 def _about_collation(kind):

@@ -838,7 +838,7 @@ def _terminate(counted, grace):
         remaining = left(counted)
     processes = counted["processes"]
     if any(map(_runs, processes)) and "running" not in [process["container"] for process in processes]:
-        _systemctl_result("stop", *_services(present()))
+        _systemctl_result("stop", *_patterns())
         remaining = _wait_until_nothing_is_left(10)
     return remaining
 

@@ -9,6 +9,9 @@ import threading
 
 from salt.exceptions import CommandExecutionError
 
+# How often something is tried that others at work may thwart.
+ATTEMPTS = 5
+
 
 @contextlib.contextmanager
 def alone(path, otherwise):
@@ -63,6 +66,27 @@ def busy(path):
         return False
     except BlockingIOError:
         return True
+
+
+def persist(do, passing):
+    """
+    Do something that others at work may thwart, again and again until it succeeds; but not for ever.
+
+    do
+        A function.
+
+    passing
+        What stands in the error if it is worth another try.
+
+    Raises CommandExecutionError if it fails for another reason, or too often.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return do()
+        except CommandExecutionError as err:
+            if passing not in str(err):
+                raise
+    return do()
 
 
 def undisturbed():

@@ -55,9 +55,9 @@ def first_runs(host):
 
 
 @pytest.fixture(scope="module")
-def pillar():
-    """What a module's tests find, and leave. A module may have another."""
-    return PILLAR
+def pillar(request):
+    """What a module's tests find, and leave: its own PILLAR, or else the one above."""
+    return getattr(request.module, "PILLAR", PILLAR)
 
 
 @pytest.fixture(scope="module")

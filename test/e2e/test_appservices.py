@@ -10,6 +10,8 @@ import pytest
 from conftest import ONE_WORKER
 from deployment import until
 
+PILLAR = ONE_WORKER
+
 BRIDGE = "testbridge"
 UNIT = "test-bridge.service"
 STARTED = "39f53479d3a045ac8e11786248231fbf"  # systemd's message id of a unit that has started
@@ -28,11 +30,6 @@ class Remote:
     def heard(self):
         messages = json.loads(self.host.run("curl", "--silent", "--show-error", "--fail", self.url).stdout)
         return [message["text"] for message in messages]
-
-
-@pytest.fixture(scope="module")
-def pillar():
-    return ONE_WORKER
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,8 @@ from conftest import ONE_WORKER
 from deployment import MAIN, Refused, until
 from host import SYNAPSE_VERSION, HostError
 
+PILLAR = ONE_WORKER
+
 DIRECTORY = "/var/backups/matrix-synapse"
 DATA = "/var/lib/matrix-synapse"
 JOURNAL = f"{DATA}/restore.json"
@@ -64,11 +66,6 @@ def in_background(host, *words):
 def phase(host):
     text = host.run("cat", JOURNAL, check=False).stdout
     return text and json.loads(text)["phase"]
-
-
-@pytest.fixture(scope="module")
-def pillar():
-    return ONE_WORKER
 
 
 @pytest.fixture(scope="module")

@@ -288,6 +288,14 @@ def test_the_media_cache_comes_and_goes_while_every_process_runs_on(deployed):
     assert deployed.starts() == starts
 
 
+def test_a_gate_that_nginx_can_not_enter_is_opened_to_it_by_the_next_run(deployed):
+    """As when nginx:user changed, and the run was cut off before nginx was told."""
+    gate = "/run/matrix-synapse/gate/matrix-synapse.sock"
+    deployed.host.run("chgrp", "root", gate)
+    assert set(deployed.apply()) == {"nginx runs with this configuration"}
+    assert deployed.host.run("stat", "--format=%G", gate).stdout.strip() == "www-data"
+
+
 def test_tls_from_given_certificate_files(deployed):
     host, directory = deployed.host, "/etc/ssl/synapse-test"
     host.sh(

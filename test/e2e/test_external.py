@@ -10,6 +10,8 @@ from conftest import ONE_WORKER, restored
 from deployment import MAIN, until
 from host import HostError
 
+PILLAR = ONE_WORKER
+
 # Of the containers' network: where a service of the host can be reached from a container.
 NETWORK, GATEWAY = "172.29.88.0/24", "172.29.88.1"
 NAME = "elsewhere"
@@ -21,11 +23,6 @@ PASSWORDS = {service: f"it's 100% \"#: $HOME {token}" for service, token in TOKE
 def psql(host, cluster, sql):
     words = ["psql", "--cluster", f"15/{cluster}", "--no-psqlrc", "--tuples-only", "--no-align", "--quiet"]
     return host.run("runuser", "--user", "postgres", "--", *words, "--set=ON_ERROR_STOP=1", input=sql).stdout.split()
-
-
-@pytest.fixture(scope="module")
-def pillar():
-    return ONE_WORKER
 
 
 @pytest.fixture(scope="module")

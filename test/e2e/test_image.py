@@ -6,6 +6,8 @@ import pytest
 from conftest import ONE_WORKER
 from deployment import until
 
+PILLAR = ONE_WORKER
+
 VERSION = "v1.163.2"
 PULLED = f"matrixdotorg/synapse:{VERSION}"
 BUILT = f"localhost/matrixdotorg/synapse:{VERSION}"
@@ -15,11 +17,6 @@ MIRROR = "127.0.0.1:5000/synapse"
 MIRRORED = f"{MIRROR}:{VERSION}"
 # What the host itself trusts; a build has to trust it as well.
 CA_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
-
-
-@pytest.fixture(scope="module")
-def pillar():
-    return ONE_WORKER
 
 
 def image_id(deployed, reference):

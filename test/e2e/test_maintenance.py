@@ -8,13 +8,10 @@ from conftest import ONE_WORKER
 from deployment import MAIN, Refused, until
 from host import HostError
 
+PILLAR = ONE_WORKER
+
 GENERIC = "matrix-synapse-worker-0-generic"
 LOCK = "/var/lib/matrix-synapse/maintenance.json"
-
-
-@pytest.fixture(scope="module")
-def pillar():
-    return ONE_WORKER
 
 
 @pytest.fixture(autouse=True)

@@ -561,8 +561,11 @@ def test_clone_is_the_default_where_files_can_share_blocks(synapse, reflinks):
     synapse.talks()
 
 
-def test_dump_moves_everything(synapse):
+def test_dump_moves_everything_and_nobody_writes_what_would_stay_behind(synapse, lying):
+    late = 'psql --cluster 15/main --dbname postgres --command "create table late ()"'
+    lying("pg_dumpall", f'{late} >/tmp/late.log 2>&1 || true\nexec $REAL "$@"')
     done = synapse.upgrade(method="dump")
+    assert "read-only transaction" in synapse.host.read("/tmp/late.log")
     assert list(done["seconds"]) == PHASES
     assert is_on(synapse, NEW) == [OLD]
 
